@@ -1,0 +1,177 @@
+"""Which tier runs a call: CUDA kernels, Triton kernels or plain torch, and why.
+
+Each op registers its tiers once (specvlm_kernels/ops/<op>.py). A tier says in one sentence what it misses for
+a given call, or None when it can run it; `pick` takes the first that can, or exactly the one that was named.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "torch")
+
+
+class BackendUnavailableError(NotImplementedError):
+    """A backend was named that cannot run this call; the message says what is missing."""
+
+
+@dataclass
+class Tier:
+    """One backend of one op: missing(*call) -> reason or None, run(*call)."""
+
+    missing: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+@dataclass
+class Op:
+    """An op's name and its tiers, best first."""
+
+    name: str
+    tiers: dict[str, Tier] = field(default_factory=dict)
+
+    def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Any]:
+        """The function that runs this call on tensors of this device."""
+        if backend is None:
+            for name in BACKENDS:
+                if self.missing(name, device, call) is None:
+                    return self.tiers[name].run
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
+        reason = self.missing(backend, device, call)
+        if reason is not None:
+            raise BackendUnavailableError(f'{self.name}: backend="{backend}" cannot run this call: {reason}')
+        return self.tiers[backend].run
+
+    def missing(self, backend: str, device: torch.device, call: tuple[Any, ...]) -> str | None:
+        """Why a backend cannot run this call, or None."""
+        tier = self.tiers.get(backend)
+        if tier is None:
+            return f"{self.name} has no {backend} kernel yet"
+        return _device_missing(backend, device.type, device.index) or tier.missing(*call)
+
+    def explain(self, device: torch.device, call: tuple[Any, ...]) -> str:
+        reasons = {name: self.missing(name, device, call) for name in BACKENDS}
+        chosen = next((name for name, reason in reasons.items() if reason is None), None)
+        lines = [f"{self.name}: {chosen or 'nothing'} runs this call"]
+        lines += [f"  {name}: {reason or 'supported'}" for name, reason in reasons.items()]
+        return "\n".join(lines)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(name: str) -> Op:
+    return OPS.setdefault(name, Op(name))
+
+
+@functools.cache
+def extension() -> tuple[Any, str | None]:
+    """(the pybind11 module specvlm_kernels._C, None), or (None, why it cannot be used)."""
+    try:
+        return importlib.import_module("specvlm_kernels._C"), None
+    except ImportError as error:
+        reason = str(error)
+    try:
+        reason = importlib.import_module("specvlm_kernels._build_info").CUDA_SKIPPED or reason
+    except ImportError:
+        pass
+    return None, f"the extension specvlm_kernels._C is not there ({reason})"
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return None
+
+
+@functools.cache
+def triton_interprets() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on the CPU too."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _device_missing(backend: str, kind: str, index: int | None) -> str | None:
+    """Why a tier cannot run on this device at all, or None."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        if triton_missing():
+            return triton_missing()
+        if kind == "cpu" and not triton_interprets():
+            return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+        return None if kind in ("cuda", "cpu") else f"the tensors are on {kind}"
+    if kind != "cuda":
+        return f"the tensors are on {kind}"
+    module, reason = extension()
+    if module is None:
+        return reason
+    capability = torch.cuda.get_device_capability(index)
+    built = module.architectures()
+    if not any(_runs_on(arch, capability) for arch in built):
+        name = torch.cuda.get_device_name(index)
+        return f"built for sm_{', sm_'.join(built)}, and {name} is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture ("80", "90a", "80+PTX") runs on a device of this compute capability."""
+    number = arch.removesuffix("+PTX")
+    major, minor = divmod(int(number.rstrip("af")), 10)
+    if arch.endswith("+PTX"):
+        return (major, minor) <= capability
+    if arch[-1] == "a":
+        return (major, minor) == capability
+    return major == capability[0] and minor <= capability[1]
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Says which backend a call would take and what each of the others misses.
+
+    Args:
+        op: an op's name or function, such as "tree_attention" or specvlm_kernels.tree_attention.
+        *args, **kwargs: the call's own arguments (nothing is run or written).
+
+    Returns:
+        One line for the choice, one for each backend.
+
+    Raises:
+        ValueError: no such op, or arguments that the op itself would refuse.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {name!r}")
+    prepare = importlib.import_module(f"specvlm_kernels.ops.{name}").prepare
+    kwargs.pop("backend", None)
+    call = prepare(*args, **kwargs)
+    return OPS[name].explain(device_of(call), call)
+
+
+def device_of(call: tuple[Any, ...]) -> torch.device:
+    """The device of a call's first tensor."""
+    first = call[0]
+    return first.device if isinstance(first, Tensor) else first[0].device
+
+
+def misaligned(name: str, x: Tensor) -> str | None:
+    """The CUDA kernels read 16 bytes at a time: base, strides and rows must be multiples of that."""
+    unit = 16 // x.element_size()
+    if x.data_ptr() % 16 or x.shape[-1] % unit or any(stride % unit for stride in x.stride()[:-1]):
+        return (
+            f"{name} is not aligned to 16 bytes (address {x.data_ptr():#x}, shape {list(x.shape)}, "
+            f"strides {tuple(x.stride())})"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Adapters that let the decoding loop run other libraries' models."""

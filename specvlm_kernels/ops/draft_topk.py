@@ -1,0 +1,78 @@
+"""draft_topk: the draft's k most likely next tokens, in one pass over the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..backend import Tier, register
+from ..reference.draft_topk import draft_topk as reference
+
+OP = register("draft_topk")
+
+Call = tuple[Tensor, int, float]
+
+
+def draft_topk(
+    logits: Tensor, k: int, *, temperature: float = 1.0, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens of every row, with their log-probabilities over the whole vocabulary.
+
+    Args:
+        logits: [...,vocab] bf16, fp16 or fp32; NaN counts as -inf.
+        k: 1..vocab.
+        temperature: divides the logits before the softmax; above 0.
+        backend: None for the best that supports the call, or "cuda", "triton", "torch".
+
+    Returns:
+        (log_probs float32 [...,k], token_ids int64 [...,k]), descending by logit, ties to the lower id.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, stride, device or range.
+        BackendUnavailableError: the named backend cannot run this call.
+
+    Reference: specvlm_kernels.reference.draft_topk. Source: SpecVLM, section 3.3 (draft tree).
+    """
+    call = prepare(logits, k, temperature=temperature)
+    rows = call[0].shape[0]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_probs = torch.empty(rows, k, dtype=dtype, device=logits.device)
+    token_ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
+    if rows:
+        run = torch.ops.specvlm.draft_topk if torch.compiler.is_compiling() else _run
+        run(*call, log_probs, token_ids, backend)
+    shape = (*logits.shape[:-1], k)
+    return log_probs.view(shape), token_ids.view(shape)
+
+
+def prepare(logits: Tensor, k: int, *, temperature: float = 1.0) -> Call:
+    """The checked inputs as the tiers take them: logits as rows [R,vocab]."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if logits.dim() == 0:
+        raise ValueError("logits: expected shape [..., vocab], got a scalar")
+    vocab = logits.shape[-1]
+    rows = logits.reshape(logits.shape[:-1].numel(), vocab)
+    check.tensor("logits", rows, "rows vocab", check.FLOATS, {})
+    check.integer("k", k, 1, vocab)
+    return rows, k, check.real("temperature", temperature, 0, low_open=True)
+
+
+def _run(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor, backend: str | None) -> None:
+    call = (logits, k, temperature)
+    OP.pick(backend, call[0].device, call)(*call, log_probs, token_ids)
+
+
+torch.library.custom_op("specvlm::draft_topk", _run, mutates_args=("log_probs", "token_ids")).register_fake(
+    lambda *_: None
+)
+
+
+def _torch(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> None:
+    top_log_probs, top_ids = reference(logits, k, temperature=temperature)
+    log_probs.copy_(top_log_probs)
+    token_ids.copy_(top_ids)
+
+
+OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)
