@@ -40,15 +40,18 @@ class Op:
     def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Any]:
         """The function that runs this call on tensors of this device."""
         if backend is None:
-            for name in BACKENDS:
-                if self.missing(name, device, call) is None:
-                    return self.tiers[name].run
+            backend = self.best(device, call)
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
         reason = self.missing(backend, device, call)
         if reason is not None:
             raise BackendUnavailableError(f'{self.name}: backend="{backend}" cannot run this call: {reason}')
         return self.tiers[backend].run
+
+    def best(self, device: torch.device, call: tuple[Any, ...]) -> str:
+        """The first backend that can run this call; on the CPU Triton's interpreter only runs when named."""
+        names = BACKENDS if device.type == "cuda" else ("torch",)
+        return next((name for name in names if self.missing(name, device, call) is None), "torch")
 
     def missing(self, backend: str, device: torch.device, call: tuple[Any, ...]) -> str | None:
         """Why a backend cannot run this call, or None."""
@@ -59,8 +62,7 @@ class Op:
 
     def explain(self, device: torch.device, call: tuple[Any, ...]) -> str:
         reasons = {name: self.missing(name, device, call) for name in BACKENDS}
-        chosen = next((name for name, reason in reasons.items() if reason is None), None)
-        lines = [f"{self.name}: {chosen or 'nothing'} runs this call"]
+        lines = [f"{self.name}: {self.best(device, call)} runs this call"]
         lines += [f"  {name}: {reason or 'supported'}" for name, reason in reasons.items()]
         return "\n".join(lines)
 

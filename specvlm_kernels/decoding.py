@@ -312,7 +312,7 @@ class SpeculativeDecoder:
         pending: list[int] = []  # accepted tokens that the draft has not read
         while not out.done:
             with clock("draft"):
-                tokens = self._propose(draft, target, [*pending, root], mask, stats)
+                tokens = self._propose(draft, [*pending, root], mask, stats)
             with clock("verify"):
                 positions = target.cache.kv_lens[:, None] + target.offset + depths
                 logits = target.model.forward(target.cache, tokens, positions, tree_mask=mask)
@@ -472,7 +472,7 @@ class SpeculativeDecoder:
         side.cache.kv_lens += embeds.shape[1]
         return logits
 
-    def _propose(self, draft: _Side, target: _Side, chain: list[int], mask: Tensor, stats: Stats) -> Tensor:
+    def _propose(self, draft: _Side, chain: list[int], mask: Tensor, stats: Stats) -> Tensor:
         """The tree's tokens int64 [1,N]: the draft reads what it missed and the root, then level after level."""
         tree, cache = self.tree, draft.cache
         device = cache.kv_lens.device
@@ -480,7 +480,8 @@ class SpeculativeDecoder:
         tokens[0, 0] = chain[-1]
         first = cache.kv_lens[:, None].long() + draft.offset  # position of the first token of the chain
         ahead = torch.arange(len(chain), device=device)
-        new = torch.tensor([chain], device=device)
+        # a token past the draft's vocabulary is read as another one: only acceptance can suffer
+        new = torch.tensor([chain], device=device).clamp(max=draft.model.vocab_size - 1)
         logits = draft.model.forward(cache, new, first + ahead, last_only=True)
         cache.kv_lens += len(chain) - 1
         stats.draft_passes += tree.max_depth

@@ -194,7 +194,8 @@ class TransformersModel:
         if ids is None or ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
             came = "nothing" if ids is None else f"shape {list(ids.shape)}"
             raise ValueError(f"inputs: expected input_ids of shape [1,S], one request at a time, got {came}")
-        if "attention_mask" in inputs and not bool(inputs["attention_mask"].all()):
+        mask = inputs.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
             raise ValueError("inputs: expected a prompt without padding (attention_mask all ones)")
         embeds = self.text.embed_tokens(ids)
         config = self.model.config

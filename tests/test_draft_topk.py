@@ -1,0 +1,108 @@
+"""draft_topk against a sort of Python tuples and a float64 log-softmax."""
+
+import math
+
+import pytest
+import torch
+from kit import (
+    Guarded,
+    assert_close_enough,
+    backends,
+    bitwise_equal_reruns,
+    gpu_backends,
+    randn,
+    replayed,
+    with_both_poisons,
+)
+
+import specvlm_kernels as sk
+from specvlm_kernels.ops import draft_topk as module
+
+
+def slow_ids(row: list[float], k: int) -> list[int]:
+    value = [-math.inf if math.isnan(x) else x for x in row]
+    return sorted(range(len(row)), key=lambda i: (-value[i], i))[:k]
+
+
+@backends("draft_topk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows,vocab,k", [(1, 1, 1), (3, 37, 37), (4, 199, 10), (2, 1000, 64)])
+def test_ids_and_log_probs(rows, vocab, k, dtype, backend, device):
+    logits = (randn(rows, vocab, seed=rows) * 4).to(device, dtype)
+    log_probs, ids = sk.draft_topk(logits, k, temperature=0.7, backend=backend)
+    assert log_probs.dtype == torch.float32 and ids.dtype == torch.int64
+    assert ids.tolist() == [slow_ids(row, k) for row in logits.float().tolist()]
+    exact = torch.log_softmax(logits.double().cpu() / 0.7, -1).gather(1, ids.cpu())
+    plain = torch.log_softmax(logits.float().cpu() / 0.7, -1).gather(1, ids.cpu())
+    assert_close_enough(log_probs, exact, plain)
+
+
+@backends("draft_topk")
+def test_ties_go_to_the_lower_id_and_nan_is_last(backend, device):
+    logits = torch.tensor([[2.0, 5.0, 5.0, float("nan"), 5.0, -1.0, 2.0]], device=device)
+    log_probs, ids = sk.draft_topk(logits, 7, backend=backend)
+    assert ids.tolist() == [[1, 2, 4, 0, 6, 5, 3]]
+    assert float(log_probs[0, 6]) == float("-inf")
+    assert abs(float(log_probs.exp().sum()) - 1) < 1e-6
+    same = torch.zeros(2, 300, device=device, dtype=torch.bfloat16)
+    assert sk.draft_topk(same, 20, backend=backend)[1].tolist() == [list(range(20))] * 2
+
+
+@backends("draft_topk")
+def test_leading_dims_and_slices_of_the_vocabulary(backend, device):
+    logits = randn(2, 3, 250, device=device)
+    part = logits[..., :199]
+    log_probs, ids = sk.draft_topk(part, 5, backend=backend)
+    assert ids.shape == log_probs.shape == (2, 3, 5)
+    want = sk.draft_topk(part.contiguous(), 5, backend=backend)
+    assert torch.equal(ids, want[1]) and torch.equal(log_probs, want[0])
+
+
+@backends("draft_topk")
+def test_every_output_is_written_and_reruns_are_equal(backend, device):
+    logits = randn(4, 199, device=device)
+    bitwise_equal_reruns(lambda: sk.draft_topk(logits, 10, backend=backend))
+
+    def run(poison, int_poison):
+        log_probs = Guarded((4, 10), torch.float32, device, poison)
+        ids = Guarded((4, 10), torch.int64, device, int_poison)
+        module._run(logits, 10, 1.0, log_probs.tensor, ids.tensor, backend)
+        return [log_probs, ids]
+
+    with_both_poisons(run)
+
+
+def test_bad_arguments():
+    ok = dict(logits=torch.zeros(2, 9), k=3)
+    for name, value, kind in [
+        ("logits", [1.0], TypeError),
+        ("logits", torch.zeros(()), ValueError),
+        ("logits", torch.zeros(2, 9, dtype=torch.int64), TypeError),
+        ("k", 0, ValueError),
+        ("k", 10, ValueError),
+        ("k", True, TypeError),
+        ("temperature", 0.0, ValueError),
+        ("temperature", -1.0, ValueError),
+    ]:
+        with pytest.raises(kind, match=name):
+            sk.draft_topk(**{**ok, name: value})
+    assert sk.draft_topk(torch.zeros(0, 9), 3)[1].shape == (0, 3)
+
+
+@gpu_backends("draft_topk")
+@pytest.mark.parametrize("rows", [1, 4, 26])
+def test_real_sizes(rows, backend):
+    logits = randn(rows, 152064, dtype=torch.bfloat16, device="cuda") * 3
+    log_probs, ids = sk.draft_topk(logits, 10, backend=backend)
+    want_log_probs, want_ids = sk.reference.draft_topk(logits.double(), 10)
+    assert torch.equal(ids, want_ids)
+    assert float((log_probs - want_log_probs).abs().max()) < 1e-4
+
+
+@gpu_backends("draft_topk")
+def test_graph_replays_with_other_logits(backend):
+    logits = randn(4, 152064, dtype=torch.bfloat16, device="cuda")
+    graph, got = replayed(lambda: sk.draft_topk(logits, 10, backend=backend))
+    logits.copy_(randn(4, 152064, seed=1))
+    graph.replay()
+    assert torch.equal(got[1], sk.reference.draft_topk(logits, 10)[1])

@@ -1,0 +1,258 @@
+"""verify_sample: its definition by hand, and chi-square tests of what it emits."""
+
+import pytest
+import torch
+from kit import (
+    Guarded,
+    backends,
+    bitwise_equal_reruns,
+    gpu_backends,
+    randint,
+    randn,
+    random_tree,
+    rng,
+    with_both_poisons,
+)
+from scipy.stats import chisquare
+
+import specvlm_kernels as sk
+from specvlm_kernels.ops import verify_sample as module
+
+
+def distribution(row, temperature, top_k, top_p) -> list[float]:
+    """The target's distribution, filtered, by loops over a sorted list."""
+    p = torch.softmax(row.double() / temperature, -1).tolist()
+    order = sorted(range(len(p)), key=lambda i: (-float(row[i]), i))
+    if top_k is not None:
+        order = order[:top_k]
+    if top_p is not None:
+        whole, mass, kept = sum(p[i] for i in order), 0.0, []
+        for i in order:
+            kept.append(i)
+            mass += p[i]
+            if mass >= top_p * whole:
+                break
+        order = kept
+    whole = sum(p[i] for i in order)
+    return [p[i] / whole if i in set(order) else 0.0 for i in range(len(p))]
+
+
+def inverse_cdf(p, coin) -> tuple[int, float]:
+    """(id, distance of the coin from the nearest edge)."""
+    whole, mass, edge = sum(p), 0.0, 1.0
+    chosen = None
+    for i, share in enumerate(p):
+        mass += share
+        edge = min(edge, abs(coin - mass / whole))
+        if chosen is None and share > 0 and coin * whole < mass:
+            chosen = i
+    return chosen if chosen is not None else max(i for i, share in enumerate(p) if share > 0), edge
+
+
+def walk(logits, tokens, parents, coins, **settings):
+    n, path, node, edge = len(tokens), [], 0, 1.0
+    while True:
+        p = distribution(logits[node], **settings)
+        below, accepted = 0.0, None
+        for i in (i for i in range(node + 1, n) if parents[i] == node):
+            share = p[tokens[i]] if 0 <= tokens[i] < len(p) else 0.0
+            if share == 0:
+                continue
+            below, p[tokens[i]] = below + share, 0.0
+            edge = min(edge, abs(coins[node] - below))
+            if coins[node] < below or sum(p) == 0:
+                accepted = i
+                break
+        if accepted is None:
+            following, last_edge = inverse_cdf(p, coins[n])
+            return path, following, min(edge, last_edge)
+        path.append(accepted)
+        node = accepted
+
+
+SETTINGS = [
+    dict(temperature=1.0, top_k=None, top_p=None),
+    dict(temperature=0.6, top_k=3, top_p=None),
+    dict(temperature=1.5, top_k=None, top_p=0.7),
+    dict(temperature=0.8, top_k=5, top_p=0.9),
+    dict(temperature=1.0, top_k=1, top_p=None),
+]
+
+
+def problem(b, n, vocab, device, seed=0, dtype=torch.float32):
+    logits = randn(b, n, vocab, seed=seed, dtype=dtype, device=device)
+    tokens = randint(0, vocab, (b, n), seed=seed + 1).to(device)
+    parents = torch.stack([random_tree(n, seed + r) for r in range(b)]).to(device)
+    coins = torch.rand(b, n + 1, generator=rng(seed + 2)).to(device)
+    return logits, tokens, parents, coins
+
+
+@backends("verify_sample")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("b,n,vocab", [(1, 1, 5), (4, 26, 4), (2, 12, 37)])
+def test_the_definition(b, n, vocab, settings, backend, device):
+    for seed in range(4):
+        logits, tokens, parents, coins = problem(b, n, vocab, device, seed)
+        got = sk.verify_sample(logits, tokens, parents, coins, **settings, backend=backend)
+        for r in range(b):
+            path, following, edge = walk(
+                logits[r].cpu(), tokens[r].tolist(), parents[r].tolist(), coins[r].tolist(), **settings
+            )
+            if edge < 1e-6:  # at an edge rounding decides
+                continue
+            assert got.path[r].tolist() == path + [-1] * (n - len(path))
+            assert int(got.length[r]) == len(path) and int(got.next_token[r]) == following
+
+
+@backends("verify_sample")
+def test_no_mass_is_never_accepted(backend, device):
+    logits = torch.tensor([[[0.0, float("-inf"), 0.0]] * 4], device=device)
+    tokens = torch.tensor([[0, 1, 2, 2]], device=device)
+    parents = torch.tensor([-1, 0, 0, 0], dtype=torch.int32, device=device)
+    coins = torch.zeros(1, 5, device=device)
+    got = sk.verify_sample(logits, tokens, parents, coins, temperature=1.0, backend=backend)
+    assert got.path.tolist() == [[2, -1, -1, -1]] and got.next_token.tolist() == [0]
+    coins[0, 0] = 0.9  # the second of two equal siblings has no mass, so this is the rest
+    got = sk.verify_sample(logits, tokens, parents, coins, temperature=1.0, backend=backend)
+    assert got.length.tolist() == [0] and got.next_token.tolist() == [0]
+
+
+@backends("verify_sample")
+def test_a_coin_past_the_last_mass_takes_the_last_child(backend, device):
+    logits = torch.tensor([[[3.0, 1.0, 0.0, -1.0]] * 3], device=device)
+    tokens = torch.tensor([[0, 0, 1]], device=device)
+    parents = torch.tensor([-1, 0, 0], dtype=torch.int32, device=device)
+    coins = torch.tensor([[0.99999994, 0.5, 0.99999994, 0.99999994]], device=device)
+    got = sk.verify_sample(logits, tokens, parents, coins, temperature=1.0, top_k=2, backend=backend)
+    assert got.path.tolist() == [[2, -1, -1]] and got.next_token.tolist() == [1]
+
+
+@backends("verify_sample")
+def test_every_output_is_written_and_reruns_are_equal(backend, device):
+    logits, tokens, parents, coins = problem(3, 12, 5, device)
+    bitwise_equal_reruns(
+        lambda: sk.verify_sample(logits, tokens, parents, coins, temperature=1.0, top_p=0.9, backend=backend)
+    )
+
+    def run(_, poison):
+        outputs = [
+            Guarded((3, 12), torch.int32, device, poison),
+            Guarded((3,), torch.int32, device, poison),
+            Guarded((3,), torch.int64, device, poison),
+        ]
+        module._run(logits, tokens, parents, coins, 1.0, None, None, *(g.tensor for g in outputs), backend)
+        return outputs
+
+    with_both_poisons(run)
+
+
+@backends("verify_sample")
+def test_hostile_trees_stay_inside(backend, device):
+    logits, tokens, _, coins = problem(1, 6, 5, device)
+    for parents in ([-1, 5, 2, 3, 4, 1], [-5, 1, 0, 2, 4, 2**31 - 1]):
+        given = torch.tensor(parents, dtype=torch.int32, device=device)
+        for values in (tokens, torch.tensor([[0, -1, 2**62, 5, 0, 0]], device=device)):
+            got = sk.verify_sample(logits, values, given, coins, temperature=1.0, backend=backend)
+            want = sk.reference.verify_sample(logits, values, given, coins, temperature=1.0)
+            assert torch.equal(got.path, want.path) and torch.equal(got.next_token, want.next_token)
+
+
+def first_two_tokens(draws: int, verify, device="cpu", batch=20000):
+    """Counts of the first token, and of the second given the first, over a tree of depth 2 whose children are the
+    draft's top-k; logits depend on the token, as a language model's do."""
+    vocab = 6
+    model = (randn(vocab + 1, vocab, seed=3) * 1.5).to(device)  # row t: logits after token t; last row: at the root
+    root_children, deeper = [4, 1, 2], {4: [0, 3], 1: [2], 2: []}
+    tokens, parents, rows = [0], [-1], [vocab]
+    for token in root_children:
+        parents.append(0), tokens.append(token), rows.append(token)
+    for place, token in enumerate(root_children, 1):
+        for child in deeper[token]:
+            parents.append(place), tokens.append(child), rows.append(child)
+    first = torch.zeros(vocab, dtype=torch.int64)
+    second = torch.zeros(vocab, vocab, dtype=torch.int64)
+    generator = torch.Generator(device).manual_seed(11)
+    n = len(tokens)
+    t = torch.tensor(tokens, device=device).expand(batch, n).contiguous()
+    p = torch.tensor(parents, dtype=torch.int32, device=device)
+    logits = model[torch.tensor(rows, device=device)].expand(batch, n, vocab).contiguous()
+    for _ in range(draws // batch):
+        coins = torch.rand(batch, n + 1, generator=generator, device=device)
+        verdict = verify(logits, t, p, coins)
+        emitted = torch.where(verdict.path >= 0, t.gather(1, verdict.path.clamp(min=0).long()), -1)
+        one = torch.where(verdict.length > 0, emitted[:, 0], verdict.next_token)
+        two = torch.where(verdict.length > 1, emitted[:, 1], verdict.next_token)
+        first += torch.bincount(one.cpu(), minlength=vocab)
+        has_two = (verdict.length > 0).cpu()
+        pair = one.cpu() * vocab + two.cpu()
+        second += torch.bincount(pair[has_two], minlength=vocab * vocab).view(vocab, vocab)
+    return first, second, model.cpu().double()
+
+
+def p_values(first, second, model, temperature=1.0):
+    vocab = len(first)
+    expected = torch.softmax(model[vocab] / temperature, -1)
+    values = [chisquare(first.numpy(), (expected * first.sum()).numpy()).pvalue]
+    for token in (4, 1, 2):
+        count = second[token]
+        values.append(chisquare(count.numpy(), (torch.softmax(model[token], -1) * count.sum()).numpy()).pvalue)
+    return values
+
+
+def test_emitted_tokens_follow_the_target():
+    result = first_two_tokens(200_000, lambda *call: sk.verify_sample(*call, temperature=1.0))
+    assert min(p_values(*result)) > 1e-3
+
+
+@pytest.mark.parametrize("fault", ["residual left out", "threshold loosened"])
+def test_the_chi_square_test_can_fail(fault):
+    def broken(logits, tokens, parents, coins):
+        if fault == "threshold loosened":
+            coins = coins.clone()
+            coins[:, :-1] *= 0.97
+        verdict = sk.verify_sample(logits, tokens, parents, coins, temperature=1.0)
+        if fault == "residual left out":
+            rows = torch.arange(len(tokens))
+            last = verdict.path.gather(1, (verdict.length.long() - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0).long()
+            cdf = torch.softmax(logits[rows, last].double(), -1).cumsum(-1)
+            return verdict._replace(next_token=(cdf <= coins[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1))
+        return verdict
+
+    assert min(p_values(*first_two_tokens(200_000, broken))) < 1e-6
+
+
+@gpu_backends("verify_sample")
+def test_a_million_draws_on_the_gpu(backend):
+    result = first_two_tokens(
+        1_000_000, lambda *call: sk.verify_sample(*call, temperature=1.0, backend=backend), "cuda", 50_000
+    )
+    assert min(p_values(*result)) > 1e-3
+
+
+@gpu_backends("verify_sample")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_real_sizes(settings, backend):
+    logits, tokens, parents, coins = problem(4, 26, 152064, "cuda", dtype=torch.bfloat16)
+    best = logits.float().argmax(-1)
+    tokens.copy_(torch.gather(best, 1, parents.long().clamp(min=0)))
+    logits.scatter_(2, best[..., None], 14.0)
+    got = sk.verify_sample(logits, tokens, parents, coins, **settings, backend=backend)
+    want = sk.reference.verify_sample(logits, tokens, parents, coins, **settings)
+    assert torch.equal(got.path, want.path) and torch.equal(got.next_token, want.next_token)
+
+
+def test_bad_arguments():
+    ok = dict(logits=torch.zeros(2, 3, 9), tokens=torch.zeros(2, 3, dtype=torch.int64),
+              parents=torch.tensor([-1, 0, 0], dtype=torch.int32), coins=torch.zeros(2, 4), temperature=1.0)  # fmt: skip
+    sk.verify_sample(**ok)
+    for name, value, kind in [
+        ("coins", torch.zeros(2, 3), ValueError),
+        ("coins", torch.zeros(2, 4).double(), TypeError),
+        ("temperature", 0.0, ValueError),
+        ("top_k", 0, ValueError),
+        ("top_p", 0.0, ValueError),
+        ("top_p", 1.1, ValueError),
+        ("draft_log_probs", torch.zeros(2, 4), ValueError),
+    ]:
+        with pytest.raises(kind, match=name):
+            sk.verify_sample(**{**ok, name: value})
