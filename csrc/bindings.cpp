@@ -42,8 +42,8 @@ void bind_compact_kv(py::module_& m) {
          int page_shift, int heads, int head_vectors, Address stream) {
         specvlm::CompactKvParams p{};
         specvlm::check_argument(k_caches.size() == v_caches.size() && k_caches.size() <= specvlm::kCompactKvMaxLayers,
-                                "k_caches, v_caches: expected equal lengths of at most ",
-                                specvlm::kCompactKvMaxLayers, ", got ", k_caches.size(), " and ", v_caches.size());
+                                "k_caches, v_caches: expected equal lengths of at most ", specvlm::kCompactKvMaxLayers,
+                                ", got ", k_caches.size(), " and ", v_caches.size());
         p.layers = static_cast<int>(k_caches.size());
         for (int layer = 0; layer < p.layers; ++layer) {
           p.caches[layer] = k_caches[layer];
@@ -67,9 +67,9 @@ void bind_compact_kv(py::module_& m) {
         specvlm::compact_kv(p, stream_of(stream));
       },
       py::arg("k_caches"), py::arg("v_caches"), py::arg("k_strides"), py::arg("v_strides"), py::arg("kv_lens"),
-      py::arg("path"), py::arg("path_stride"), py::arg("length"), py::arg("page_table"),
-      py::arg("page_table_stride"), py::arg("batch"), py::arg("nodes"), py::arg("capacity"), py::arg("pages"),
-      py::arg("page_shift"), py::arg("heads"), py::arg("head_vectors"), py::arg("stream"));
+      py::arg("path"), py::arg("path_stride"), py::arg("length"), py::arg("page_table"), py::arg("page_table_stride"),
+      py::arg("batch"), py::arg("nodes"), py::arg("capacity"), py::arg("pages"), py::arg("page_shift"),
+      py::arg("heads"), py::arg("head_vectors"), py::arg("stream"));
 }
 
 }  // namespace

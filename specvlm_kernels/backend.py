@@ -58,7 +58,7 @@ class Op:
         tier = self.tiers.get(backend)
         if tier is None:
             return f"{self.name} has no {backend} kernel yet"
-        return _device_missing(backend, device.type, device.index) or tier.missing(*call)
+        return device_missing(backend, device.type, device.index) or tier.missing(*call)
 
     def explain(self, device: torch.device, call: tuple[Any, ...]) -> str:
         reasons = {name: self.missing(name, device, call) for name in BACKENDS}
@@ -106,7 +106,7 @@ def triton_interprets() -> bool:
 
 
 @functools.cache
-def _device_missing(backend: str, kind: str, index: int | None) -> str | None:
+def device_missing(backend: str, kind: str, index: int | None) -> str | None:
     """Why a tier cannot run on this device at all, or None."""
     if backend == "torch":
         return None

@@ -9,7 +9,8 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-    torch.set_num_threads(1)  # the tests run in parallel processes
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one process per core already
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

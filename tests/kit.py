@@ -159,6 +159,7 @@ def bitwise_equal_reruns(run: Callable[[], Any], times: int = 5) -> None:
 
 def replayed(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Captures run() after a warm-up; returns the graph and what run() returned inside the capture."""
+    torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         run()

@@ -73,7 +73,7 @@ def test_pages(stacked, page_size, backend, device):
 
 @backends("compact_kv")
 def test_hostile_values_move_nothing_wrong(backend, device):
-    b, n, s = 6, 5, 12
+    b, _n, s = 6, 5, 12
     rows = [
         # kv_lens, length, path -> rows that move (source, target), kv_lens after
         (4, 3, [3, 2, 4, 1, 1], [(7, 5), (8, 7)], 8),  # path[1] = 2 is in place already

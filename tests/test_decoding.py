@@ -1,5 +1,8 @@
 """The loop on real transformers classes with random weights: lossless against transformers' own generate."""
 
+import functools
+import operator
+
 import pytest
 import torch
 from models import VIDEO, VOCAB, greedy, llava, llava_inputs, qwen, qwen_inputs
@@ -122,7 +125,7 @@ def test_stop_tokens_limits_and_streaming():
     for run in (both.generate, both.generate_autoregressive):
         pieces = []
         generation = run(inputs, 40, stop_tokens=[stop], on_tokens=pieces.append)
-        assert generation.tokens == whole[: first + 1] == sum(pieces, [])
+        assert generation.tokens == whole[: first + 1] == functools.reduce(operator.iadd, pieces, [])
         for limit in (1, 2, 7):
             assert run(inputs, limit, stop_tokens=[]).tokens == whole[:limit]
     target.generation_config.eos_token_id = [stop]

@@ -27,7 +27,7 @@ SHAPES = [
 
 def softmax_rows(q, k, lens, dtype):
     """probabilities [B,T,Hq,S] and lse [B,T,Hq] of causal attention, dense."""
-    b, t, hq, d = q.shape
+    _b, t, hq, d = q.shape
     s = k.shape[1]
     keys = k.cpu().to(dtype).repeat_interleave(hq // k.shape[2], 2)
     logits = torch.einsum("bthd,bshd->bths", q.cpu().to(dtype), keys) * d**-0.5
@@ -37,7 +37,7 @@ def softmax_rows(q, k, lens, dtype):
 
 
 def problem(shape, dtype, device, seed=0):
-    b, t, s, hq, hkv, d, lens, start, span = shape
+    b, t, s, hq, hkv, d, lens, _start, _span = shape
     q = randn(b, t, hq, d, seed=seed, dtype=dtype, device=device)
     k = randn(b, s, hkv, d, seed=seed + 1, dtype=dtype, device=device)
     _, lse = softmax_rows(q, k, lens, torch.float64)

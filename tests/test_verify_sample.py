@@ -242,8 +242,13 @@ def test_real_sizes(settings, backend):
 
 
 def test_bad_arguments():
-    ok = dict(logits=torch.zeros(2, 3, 9), tokens=torch.zeros(2, 3, dtype=torch.int64),
-              parents=torch.tensor([-1, 0, 0], dtype=torch.int32), coins=torch.zeros(2, 4), temperature=1.0)  # fmt: skip
+    ok = dict(
+        logits=torch.zeros(2, 3, 9),
+        tokens=torch.zeros(2, 3, dtype=torch.int64),
+        parents=torch.tensor([-1, 0, 0], dtype=torch.int32),
+        coins=torch.zeros(2, 4),
+        temperature=1.0,
+    )
     sk.verify_sample(**ok)
     for name, value, kind in [
         ("coins", torch.zeros(2, 3), ValueError),

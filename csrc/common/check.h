@@ -11,8 +11,8 @@ namespace specvlm {
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" +
-                             cudaGetErrorName(status) + ")");
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) +
+                             ")");
   }
 }
 

@@ -1,9 +1,8 @@
-#include "common/counters.h"
-
 #include <atomic>
 #include <mutex>
 
 #include "common/check.h"
+#include "common/counters.h"
 
 namespace specvlm {
 namespace {

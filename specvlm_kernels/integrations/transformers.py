@@ -272,8 +272,13 @@ class LlavaOnevision(TransformersModel):
             )
             return torch.cat(out.pooler_output)
         if kind == "video" and inputs.get("pixel_values_videos") is not None:
-            out = self.model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-            return out.pooler_output.flatten(0, 1)
+            videos = self.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
+            wanted = int((inputs["input_ids"] == self.model.config.video_token_id).sum())
+            if videos.shape[0] * (videos.shape[1] + 1) == wanted:
+                # up to 5.17 the newline that ends each video is added by the caller
+                newline = self.model.model.image_newline.to(videos).expand(len(videos), 1, -1)
+                videos = torch.cat([videos, newline], 1)
+            return videos.flatten(0, 1)
         return None
 
 

@@ -1,0 +1,193 @@
+"""Runs cases: first an op's checks, then the times of the op and its peers. The outcome is a plain dict for JSON."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import specvlm_kernels as sk
+
+from . import environment
+from .cases import Call, Case, Peer, Thunk
+from .harness import Chip, Replay, free_memory, make_sets, time_on_cpu
+
+Row = dict[str, Any]
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU answers nothing any more (an illegal access, say): whatever follows would fail for that reason."""
+
+
+@dataclass
+class Options:
+    """What the command line chose."""
+
+    ops: list[str]
+    device: torch.device
+    backend: str | None = None
+    seconds: float = 0.3
+    max_seconds: float = 360.0
+    quick: bool = False
+    tiny: bool = False
+    peers: bool = True
+    all_peers: bool = False
+    commit: str | None = None
+
+
+def cases_of(op: str, options: Options) -> list[Case]:
+    module = importlib.import_module(f"bench.bench_{op}")
+    if options.tiny:
+        return module.TINY
+    return [case for case in module.CASES if case.quick or not options.quick]
+
+
+@dataclass
+class Runner:
+    """One run and its record; small shapes that several cases share are checked once."""
+
+    options: Options
+    record: dict[str, Any] = field(default_factory=dict)
+    checked: dict[Any, list[str]] = field(default_factory=dict)
+    agreed: dict[Any, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.chip = Chip(options.device) if options.device.type == "cuda" else None
+        self.record = {
+            "header": environment.header(options.device, options.commit),
+            "ceilings": self.chip.ceilings() if self.chip else None,
+            "missing_peers": {},
+            "results": [],
+        }
+        free_memory()
+
+    def run(self) -> dict[str, Any]:
+        """Checks and times everything; rows past the time limit are listed as not run."""
+        began = time.perf_counter()
+        rows = [(case, self._new_row(case)) for op in self.options.ops for case in cases_of(op, self.options)]
+        self.record["results"] = [row for _, row in rows]
+        try:
+            for case, row in sorted(rows, key=lambda pair: pair[0].sweep != ""):
+                if time.perf_counter() - began > self.options.max_seconds:
+                    row["detail"] = f"the {self.options.max_seconds:.0f} s for the whole run were over"
+                    continue
+                self._run_case(case, row)
+        except DeviceLostError as error:
+            self.record["aborted"] = str(error)
+        self.record["wall_s"] = round(time.perf_counter() - began, 1)
+        return self.record
+
+    def _new_row(self, case: Case) -> Row:
+        work = case.work()
+        return {
+            "op": case.op,
+            "label": case.label,
+            "shape": case.shape,
+            "sweep": case.sweep,
+            "x": case.x_values,
+            "must": case.must,
+            "goal": case.goal,
+            "bytes": work.bytes,
+            "flops": work.flops,
+            "limit_us": self._limit_us(work.bytes, work.flops),
+            "status": "not run",
+            "peers": {},
+        }
+
+    def _limit_us(self, size: int, flops: int) -> float | None:
+        ceilings = self.record["ceilings"]
+        if ceilings is None:
+            return None
+        return 1e6 * max(size / ceilings["read_bytes_per_s"], flops / ceilings["bf16_flop_per_s"])
+
+    def _run_case(self, case: Case, row: Row) -> None:
+        print(f"{case.op}: {case.label}", file=sys.stderr, flush=True)
+        free_memory()
+        calls: list[Call] = []
+        self._guard(row, lambda: self._time_op(case, row, calls))
+        if row["status"] != "wrong" and calls and self.options.peers:
+            self._time_peers(case, row, calls)
+
+    def _guard(self, row: Row, action: Callable[[], None]) -> None:
+        """Runs an action; an exception goes into the row by its first line."""
+        try:
+            action()
+        except sk.BackendUnavailableError as error:
+            row.update(status="unsupported", detail=str(error))
+        except torch.OutOfMemoryError:
+            row.update(status="out of memory", detail="the GPU's memory did not suffice")
+        except Exception as error:
+            row.update(status="error", detail=_first_line(error))
+            self._require_device()
+
+    def _require_device(self) -> None:
+        if self.chip is None:
+            return
+        try:
+            torch.cuda.synchronize(self.chip.device)
+        except RuntimeError as error:
+            raise DeviceLostError(_first_line(error)) from error
+
+    def _time_op(self, case: Case, row: Row, calls: list[Call]) -> None:
+        """Fills calls, for the peers to share."""
+        device = self.options.device
+        calls += make_sets(case, self.chip) if self.chip else [case.inputs(device, 0)]
+        backend = row["backend"] = self.options.backend or _best_backend(case, calls[0])
+        small = case.small().bare()
+        key = (small, backend)
+        if key not in self.checked:
+            self.checked[key] = small.check(device, backend)
+        row["check"] = self.checked[key]
+        if row["check"]:
+            row.update(status="wrong", detail="; ".join(row["check"]))
+            return
+        row.update(status="ok", **self._time(case, calls, [lambda c=c: case.run(c, backend) for c in calls]))
+
+    def _time(self, case: Case, calls: list[Call], thunks: list[Thunk]) -> dict[str, Any]:
+        if self.chip:
+            return asdict(Replay(case, calls, thunks, self.chip).measure(self.options.seconds))
+        return asdict(time_on_cpu(calls[0], thunks[0]))
+
+    def _time_peers(self, case: Case, row: Row, calls: list[Call]) -> None:
+        for peer in case.peers():
+            if peer.slow and not self.options.all_peers:
+                continue
+            missing = peer.missing()
+            if missing:
+                self.record["missing_peers"][peer.name] = missing
+            elif peer.fits(case) is None:
+                free_memory()
+                entry: Row = {"whole": peer.whole, "status": "not run"}
+                row["peers"][peer.name] = entry
+                self._guard(entry, lambda p=peer, e=entry: self._time_peer(case, p, e, calls))
+
+    def _time_peer(self, case: Case, peer: Peer, entry: Row, calls: list[Call]) -> None:
+        small = case.small().bare()
+        key = (small, peer.name)
+        if peer.whole and key not in self.agreed:
+            self.agreed[key] = small.agrees(peer, self.options.device)
+        if peer.whole and not self.agreed[key]:
+            entry.update(status="wrong", detail="its result is not the reference's")
+            return
+        entry.update(status="ok", **self._time(case, calls, peer.build(case, calls)))
+
+
+def _best_backend(case: Case, call: Call) -> str:
+    """The backend that this call takes by itself."""
+    said = sk.explain(case.op, *call.args, **call.kwargs)
+    found = re.match(rf"{case.op}: (\w+) runs this call", said)
+    if found is None:
+        raise RuntimeError(f"no backend runs this call: {said}")
+    return found[1]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,49 @@
+"""Calls every op once on small shapes, for compute-sanitizer: `compute-sanitizer python -m bench.sanitize`.
+
+Results are not looked at (tests do that); the sanitizer watches every access. PYTORCH_NO_CUDA_MEMORY_CACHING=1
+gives every tensor an allocation of its own, so that an access past its end is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import specvlm_kernels as sk
+
+from . import OPS
+from .runner import Options, cases_of
+
+BACKENDS = ("cuda", "triton")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help="all by default")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: both")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("python -m bench.sanitize: no CUDA GPU here", file=sys.stderr)
+        return 2
+    device, called = torch.device("cuda"), 0
+    for op in args.ops or OPS:
+        options = Options([op], device, quick=True)
+        small = dict.fromkeys(case.small().bare() for case in cases_of(op, options))
+        for case in small:
+            for backend in args.backend or BACKENDS:
+                try:
+                    case.run(case.inputs(device, 0), backend)
+                except sk.BackendUnavailableError as error:
+                    print(f"not called: {error}")
+                    continue
+                torch.cuda.synchronize()
+                called += 1
+                print(f"called: {op} {backend}: {case.label}")
+    print(f"{called} calls")
+    return 0 if called else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""pytest-benchmark over the same cases, for those who want its tooling, and tests of the benchmark itself.
+
+python -m pytest bench --benchmark-json=OUT.json
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import specvlm_kernels as sk
+
+from . import OPS, bench_select_tokens, plot, report
+from .__main__ import main
+from .cases import Case
+from .harness import Chip, Replay, free_memory, make_sets
+from .runner import Options, Runner, cases_of
+
+GPU = torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+CPU = Options(list(OPS), torch.device("cpu"), backend="torch", tiny=True)
+
+
+def _params(options: Options) -> list[Any]:
+    return [pytest.param(case, id=f"{op}: {case.label}") for op in OPS for case in cases_of(op, options)]
+
+
+@pytest.fixture(scope="module")
+def chip() -> Chip:
+    return Chip(GPU)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("case", _params(Options(list(OPS), GPU)))
+def test_gpu(benchmark: Any, chip: Chip, case: Case, backend: str) -> None:
+    """One round is one graph replay from a cold L2; extra_info has the time per call."""
+    free_memory()
+    small = case.small().bare()
+    try:
+        assert small.check(GPU, backend) == []
+        calls = make_sets(case, chip)
+        replay = Replay(case, calls, [lambda c=c: case.run(c, backend) for c in calls], chip)
+    except sk.BackendUnavailableError as error:
+        pytest.skip(str(error))
+
+    def cold() -> None:
+        replay.cold()
+        torch.cuda.synchronize()
+
+    def run() -> None:
+        replay.run()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(run, setup=cold, rounds=20, warmup_rounds=2)
+    benchmark.extra_info["calls"] = len(replay.thunks)
+    benchmark.extra_info["us_per_call"] = replay.measure(0.1).us
+
+
+@pytest.mark.parametrize("case", _params(CPU))
+def test_cpu_smoke(benchmark: Any, case: Case) -> None:
+    """The same cases, tiny, in the torch backend."""
+    assert case.small().bare().check(CPU.device, "torch") == []
+    call = case.inputs(CPU.device, 0)
+    benchmark.pedantic(case.run, args=(call, "torch"), setup=call.restore, rounds=2)
+
+
+@pytest.mark.parametrize("case", _params(CPU))
+def test_peers_do_the_same_work(case: Case) -> None:
+    for peer in case.peers():
+        if peer.whole and not peer.slow and not peer.missing() and peer.fits(case) is None:
+            assert case.agrees(peer, CPU.device), peer.name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_are_told_apart_by_their_label(op: str) -> None:
+    labels = [case.label for case in cases_of(op, Options([op], CPU.device))]
+    assert len(set(labels)) == len(labels)
+
+
+def _record() -> report.Record:
+    """A record of a GPU run, put together by hand: two rows, one peer of each kind."""
+    peers = {
+        "slow": {"whole": True, "status": "ok", "us": 40.0, "graph": True},
+        "host-bound": {"whole": True, "status": "ok", "us": 30.0, "graph": False},
+        "part": {"whole": False, "status": "ok", "us": 15.0, "graph": True},
+        "broken": {"whole": True, "status": "error", "detail": "RuntimeError: no"},
+    }
+    row = {"op": "select_tokens", "label": "V10", "backend": "cuda", "status": "ok", "sweep": "", "peers": peers}
+    row |= {"us": 10.0, "p10": 9.0, "p90": 11.0, "graph": True, "bytes": 1000, "flops": 0, "limit_us": 5.0}
+    row |= {"must": 12, "goal": 7, "x": {}, "shape": {}}
+    header = dict.fromkeys(("gpu", "torch", "cuda", "commit", "date"), "NVIDIA H200")
+    ceilings = {"read_bytes_per_s": 4e12, "bf16_flop_per_s": 7e14}
+    results = [row, {**copy.deepcopy(row), "label": "V20"}]
+    return {"header": header, "ceilings": ceilings, "missing_peers": {}, "results": results, "wall_s": 1.0}
+
+
+def _printed(record: report.Record) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.print_record(record, console)
+    return console.export_text()
+
+
+def test_speedups_count_peers_timed_alike() -> None:
+    record = _record()
+    assert report.best_peer(record["results"][0], whole=True) == ("slow", 4.0)
+    assert report.best_peer(record["results"][0], whole=False) == ("part", 1.5)
+    text = _printed(record)
+    assert "4.00 slow" in text and "geomean over 2 shapes: 4.00" in text and "RuntimeError: no" in text
+    assert not report.is_failure(record)
+
+
+def test_a_wrong_result_withholds_every_speedup_of_the_op() -> None:
+    record = _record()
+    record["results"][1].update(status="wrong", detail="output 0: 3 of 10 values differ from the reference")
+    text = _printed(record)
+    assert report.is_failure(record)
+    assert "slow" not in text and "geomean" not in text and "3 of 10 values differ" in text
+    assert "V10" not in report.markdown(record)
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = sk.select_tokens
+
+    def off_by_one(*args: Any, **kwargs: Any) -> Any:
+        selection = good(*args, **kwargs)
+        return selection._replace(indices=selection.indices + 1)
+
+    monkeypatch.setattr(bench_select_tokens.SelectTokens, "run", lambda _, call, backend: off_by_one(*call.args))
+    record = Runner(Options(["select_tokens"], CPU.device, backend="torch", tiny=True)).run()
+    assert {row["status"] for row in record["results"]} == {"wrong"}
+    assert report.is_failure(record)
+
+
+def test_readme_table_is_replaced_between_its_markers(tmp_path: Any) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.update_readme(readme, _record())
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert text.count("| select_tokens | V10 | cuda | 10.0 | 50 | slow: 40.0 (4.00x) | part: 15.0 (1.50x) |") == 1
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="benchmark results"):
+        report.update_readme(readme, _record())
+
+
+def test_smoke_run_writes_a_record_and_compares(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "record.json")
+    assert main(["select_tokens", "--quick", "--cpu-smoke", "--json", out]) == 0
+    assert main(["--compare", out, out]) == 0
+    assert "geomean of B/A over 2 shapes: 1.00" in capsys.readouterr().out
+
+
+def test_curves_are_drawn(tmp_path: Any) -> None:
+    record = _record()
+    record["results"] = []
+    for case in cases_of("tree_attention", Options(["tree_attention"], CPU.device)):
+        row = copy.deepcopy(_record()["results"][0])
+        row.update(op=case.op, label=case.label, shape=case.shape, sweep=case.sweep, x=case.x_values)
+        record["results"].append(row)
+    assert plot.plot(record, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert not plot.plot(_record(), tmp_path / "none.png")
