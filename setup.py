@@ -20,8 +20,8 @@ DEFAULT_ARCHS = "80,90a,100a,80+PTX"
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    names = [os.environ.get("CUDACXX"), shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    names = [os.environ.get("CUDACXX"), shutil.which("nvcc"), f"{home}/bin/nvcc"]
     return next((name for name in names if name and Path(name).exists()), None)
 
 
