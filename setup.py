@@ -54,6 +54,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         configure = [
             "cmake",
+            "--fresh",  # an isolated build leaves a cache that names its own, vanished ninja
             f"-S{Path(__file__).resolve().parent}",
             f"-B{build_dir}",
             "-GNinja",

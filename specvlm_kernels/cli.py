@@ -95,16 +95,19 @@ def run_generate(args: argparse.Namespace) -> int:
 
     def stream(tokens: list[int]) -> None:
         nonlocal shown
+        if not so_far:
+            progress.label("decoding")
         so_far.extend(tokens)
         progress.advance(len(tokens))
         if not quiet:
+            progress.give_way()
             text = job.tokenizer.decode(so_far, skip_special_tokens=True)
             if not text.endswith("�"):  # half of a character: wait for the rest
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
 
     so_far: list[int] = []
-    with Progress("generate", args.max_new_tokens) as progress:
+    with Progress("reading the video", args.max_new_tokens) as progress:
         generation = decoder.generate(job.prompt.inputs, args.max_new_tokens, on_tokens=stream)
     if not quiet:
         print((generation.text or "")[len(shown) :])
@@ -398,8 +401,7 @@ class Progress:
 
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} tokens"))
-        shown = (console.is_terminal and not sys.stdout.isatty()) or (console.is_terminal and label != "generate")
-        self._bar = Bar(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown)
+        self._bar = Bar(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(label, total=total)
 
     def __enter__(self) -> Progress:
@@ -414,6 +416,11 @@ class Progress:
 
     def advance(self, tokens: int) -> None:
         self._bar.advance(self._task, tokens)
+
+    def give_way(self) -> None:
+        """Leaves a terminal that standard output shares to what is printed there."""
+        if sys.stdout.isatty():
+            self._bar.stop()
 
 
 if __name__ == "__main__":
