@@ -11,6 +11,7 @@
 
 #include "common/check.h"
 #include "specvlm/compact_kv.h"
+#include "specvlm/tree_attention.h"
 
 namespace py = pybind11;
 
@@ -31,6 +32,60 @@ std::vector<std::string> architectures() {
   std::stringstream list(SPECVLM_ARCHITECTURES);
   for (std::string name; std::getline(list, name, ',');) names.push_back(name);
   return names;
+}
+
+specvlm::TreeAttentionStrides tree_attention_strides(const Strides& s) {
+  return {std::get<0>(s), std::get<1>(s), std::get<2>(s)};
+}
+
+void bind_tree_attention(py::module_& m) {
+  py::class_<specvlm::TreeAttentionPlan>(m, "TreeAttentionPlan")
+      .def_readonly("row_tile", &specvlm::TreeAttentionPlan::row_tile)
+      .def_readonly("row_tiles", &specvlm::TreeAttentionPlan::row_tiles)
+      .def_readonly("ctas", &specvlm::TreeAttentionPlan::ctas)
+      .def_readonly("workspace_floats", &specvlm::TreeAttentionPlan::workspace_floats);
+  m.def("tree_attention_plan", &specvlm::tree_attention_plan, py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),
+        py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("multiprocessors"));
+  m.def(
+      "tree_attention",
+      [](const specvlm::TreeAttentionPlan& plan, Address q, Address k, Address v, Address kv_lens, Address tree_mask,
+         Address tree_lens, Address out, Address lse, Address workspace, const Strides& q_strides,
+         const Strides& k_strides, const Strides& v_strides, const Strides& out_strides, std::int64_t mask_batch_stride,
+         std::int64_t mask_node_stride, int mask_words, int batch, int nodes, int q_heads, int kv_heads, int head_dim,
+         int capacity, float scale, bool bfloat16, Address stream) {
+        specvlm::TreeAttentionParams p{};
+        p.q = pointer<const void>(q);
+        p.k = pointer<const void>(k);
+        p.v = pointer<const void>(v);
+        p.kv_lens = pointer<const std::int32_t>(kv_lens);
+        p.tree_mask = pointer<const std::int64_t>(tree_mask);
+        p.tree_lens = pointer<const std::int32_t>(tree_lens);
+        p.out = pointer<void>(out);
+        p.lse = pointer<float>(lse);
+        p.workspace = pointer<float>(workspace);
+        p.q_strides = tree_attention_strides(q_strides);
+        p.k_strides = tree_attention_strides(k_strides);
+        p.v_strides = tree_attention_strides(v_strides);
+        p.out_strides = tree_attention_strides(out_strides);
+        p.mask_batch_stride = mask_batch_stride;
+        p.mask_node_stride = mask_node_stride;
+        p.mask_words = mask_words;
+        p.batch = batch;
+        p.nodes = nodes;
+        p.q_heads = q_heads;
+        p.kv_heads = kv_heads;
+        p.head_dim = head_dim;
+        p.capacity = capacity;
+        p.scale = scale;
+        p.dtype = bfloat16 ? specvlm::HalfType::kBFloat16 : specvlm::HalfType::kFloat16;
+        specvlm::tree_attention(p, plan, stream_of(stream));
+      },
+      py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("kv_lens"), py::arg("tree_mask"),
+      py::arg("tree_lens"), py::arg("out"), py::arg("lse"), py::arg("workspace"), py::arg("q_strides"),
+      py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("mask_batch_stride"),
+      py::arg("mask_node_stride"), py::arg("mask_words"), py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),
+      py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("scale"), py::arg("bfloat16"),
+      py::arg("stream"));
 }
 
 void bind_compact_kv(py::module_& m) {
@@ -77,5 +132,6 @@ void bind_compact_kv(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of specvlm_kernels; call them through the package's functions.";
   m.def("architectures", &architectures, "Compute capabilities built in, such as 80 or 90a; 80+PTX is portable code.");
+  bind_tree_attention(m);
   bind_compact_kv(m);
 }

@@ -40,5 +40,5 @@ def tree_attention(
     lse = torch.logsumexp(logits, -1)
     p = torch.exp(logits - torch.where(torch.isinf(lse), 0.0, lse)[..., None])
     out.copy_(torch.einsum("bhgns,bshd->bnhgd", p, vf).reshape(b, n, hq, d))
-    lse = lse.permute(0, 3, 1, 2).reshape(b, n, hq)
+    lse = lse.permute(0, 3, 1, 2).reshape(b, n, hq).contiguous()
     return (out, lse) if return_lse else out

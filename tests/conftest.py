@@ -20,7 +20,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A backend's stated limits skip a test; any other refusal of a named backend fails it."""
+    from kit import KNOWN_LIMITS
+
+    from specvlm_kernels import BackendUnavailableError
+
+    outcome = yield
+    if outcome.excinfo is not None and issubclass(outcome.excinfo[0], BackendUnavailableError):
+        reason = next((limit for limit in KNOWN_LIMITS if limit in str(outcome.excinfo[1])), None)
+        if reason is not None:
+            outcome.force_exception(pytest.skip.Exception(f"limit of the kernel: {reason}", _use_item_location=True))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     without_gpu = sum("no NVIDIA GPU" in str(report.longrepr) for report in skipped)
     terminalreporter.write_line(f"GPU tests not run, for want of an NVIDIA GPU: {without_gpu}")
+    limits = sum("limit of the kernel" in str(report.longrepr) for report in skipped)
+    if limits:
+        terminalreporter.write_line(f"tests skipped for a stated limit of a kernel: {limits}")

@@ -16,6 +16,7 @@ from kit import (
     transposed_layout,
     with_both_poisons,
     words_of,
+    working_dtype,
 )
 from torch import Tensor
 
@@ -23,7 +24,7 @@ import specvlm_kernels as sk
 
 # B, N, S, Hq, Hkv, D, context lengths
 SHAPES = [
-    (1, 1, 40, 4, 2, 64, [17]),
+    (3, 1, 40, 16, 2, 64, [17, 39, 0]),
     (2, 26, 90, 8, 2, 64, [63, 0]),
     (1, 63, 70, 7, 1, 64, [7]),
     (1, 64, 199, 2, 2, 128, [130]),
@@ -85,23 +86,23 @@ def test_random_trees(shape, dtype, backend, device):
 @backends("tree_attention")
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[4]], ids=str)
 def test_causal_chain_is_the_default(shape, backend, device):
-    q, k, v, lens, masks = problem(shape, torch.float32, device, seed=5)
+    q, k, v, lens, masks = problem(shape, working_dtype(backend), device, seed=5)
     chain = torch.ones_like(masks).tril()
     got = sk.tree_attention(q, k, v, lens, return_lse=True, backend=backend)
-    check(got, q, k, v, shape[-1], chain, torch.float32)
+    check(got, q, k, v, shape[-1], chain, working_dtype(backend))
 
 
 @backends("tree_attention")
 def test_one_mask_for_the_whole_batch(backend, device):
-    q, k, v, lens, masks = problem(SHAPES[1], torch.float32, device)
+    q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     masks[:] = masks[0]
     got = sk.tree_attention(q, k, v, lens, words_of(masks[0]).to(device), return_lse=True, backend=backend)
-    check(got, q, k, v, SHAPES[1][-1], masks, torch.float32)
+    check(got, q, k, v, SHAPES[1][-1], masks, working_dtype(backend))
 
 
 @backends("tree_attention")
 def test_ragged_trees(backend, device):
-    q, k, v, lens, masks = problem(SHAPES[1], torch.float32, device)
+    q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     for r, live in enumerate([26, 4]):
         masks[r, live:] = True  # rows and columns past the tree count for nothing, whatever their bits
         masks[r, :, live:] = True
@@ -114,7 +115,7 @@ def test_ragged_trees(backend, device):
     masks[1, :, 4:] = False
     k[1], v[1] = k[1].nan_to_num(), v[1].nan_to_num()
     exact, exact_lse = dense(q, k, v, SHAPES[1][-1], masks, torch.float64)
-    plain, plain_lse = dense(q, k, v, SHAPES[1][-1], masks, torch.float32)
+    plain, plain_lse = dense(q, k, v, SHAPES[1][-1], masks, working_dtype(backend))
     assert_close_enough(out[:1], exact[:1], plain[:1])
     assert_close_enough(out[1:, :4], exact[1:, :4], plain[1:, :4])
     assert_close_enough(lse[1:, :4], exact_lse[1:, :4], plain_lse[1:, :4])
@@ -122,7 +123,7 @@ def test_ragged_trees(backend, device):
 
 @backends("tree_attention")
 def test_rows_that_see_nothing(backend, device):
-    q, k, v, lens, masks = problem((1, 5, 20, 4, 2, 64, [0]), torch.float32, device)
+    q, k, v, lens, masks = problem((1, 5, 20, 4, 2, 64, [0]), working_dtype(backend), device)
     masks[:, 3] = False
     out, lse = sk.tree_attention(q, k, v, lens, words_of(masks).to(device), return_lse=True, backend=backend)
     assert bool((out[0, 3] == 0).all()) and bool((lse[0, 3] == float("-inf")).all())
@@ -133,20 +134,20 @@ def test_rows_that_see_nothing(backend, device):
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_paged_equals_contiguous(page_size, backend, device):
     shape = (2, 26, 96, 8, 2, 64, [63, 5])
-    q, k, v, lens, masks = problem(shape, torch.float32, device)
+    q, k, v, lens, masks = problem(shape, working_dtype(backend), device)
     words = words_of(masks).to(device)
     k_pages, table = paged(k, page_size)
     v_pages, _ = paged(v, page_size)
     got = sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, return_lse=True, backend=backend)
-    check(got, q, k, v, shape[-1], masks, torch.float32)
+    check(got, q, k, v, shape[-1], masks, working_dtype(backend))
 
 
 @backends("tree_attention")
 def test_any_strides(backend, device):
-    q, k, v, lens, masks = problem(SHAPES[1], torch.float32, device)
+    q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     words = words_of(masks).to(device)
     want = sk.tree_attention(q, k, v, lens, words, backend=backend)
-    wide = torch.full((*q.shape[:3], 2 * q.shape[3]), 7.0, device=device)
+    wide = torch.full((*q.shape[:3], 2 * q.shape[3]), 7.0, device=device, dtype=q.dtype)
     wide[..., : q.shape[3]] = q
     q_strided = wide[..., : q.shape[3]]
     got = sk.tree_attention(q_strided, transposed_layout(k), transposed_layout(v), lens, words, backend=backend)
@@ -155,7 +156,7 @@ def test_any_strides(backend, device):
 
 @backends("tree_attention")
 def test_every_output_is_written_and_nothing_else(backend, device):
-    q, k, v, lens, masks = problem(SHAPES[1], torch.float32, device)
+    q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     words = words_of(masks).to(device)
 
     def run(poison, _):
@@ -168,15 +169,17 @@ def test_every_output_is_written_and_nothing_else(backend, device):
 
 @backends("tree_attention")
 def test_hostile_lengths_stay_inside(backend, device):
-    q, k, v, _, masks = problem((3, 5, 40, 4, 2, 64, [35, 35, 35]), torch.float32, device)
+    q, k, v, _, masks = problem((3, 5, 40, 4, 2, 64, [35, 35, 35]), working_dtype(backend), device)
     words = words_of(masks).to(device)
     hostile = torch.tensor([-1, 40, 2**31 - 1], dtype=torch.int32, device=device)
     want = sk.reference.tree_attention(q, k, v, hostile, words)
     got = sk.tree_attention(q, k, v, hostile, words, backend=backend)
     assert bool(torch.isfinite(got).all())
-    assert torch.allclose(got, want, atol=1e-5)
+    assert torch.allclose(got, want, atol=1e-5 if got.dtype == torch.float32 else 2e-2)
+    if backend == "cuda":
+        return  # pages are tested where there is a kernel for them
     table = torch.tensor([[-1, 2**31 - 1]] * 3, dtype=torch.int32, device=device)
-    pages = randn(4, 32, 2, 64, device=device)
+    pages = randn(4, 32, 2, 64, device=device, dtype=q.dtype)
     got = sk.tree_attention(q, pages, pages, hostile, words, page_table=table, backend=backend)
     assert bool(torch.isfinite(got).all())
 
@@ -184,19 +187,19 @@ def test_hostile_lengths_stay_inside(backend, device):
 @backends("tree_attention")
 @pytest.mark.parametrize("scale", [1e-3, 40.0])
 def test_tiny_and_huge_logits(scale, backend, device):
-    q, k, v, lens, masks = problem(SHAPES[1], torch.float32, device)
+    q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     words = words_of(masks).to(device)
     got = sk.tree_attention(q * scale, k, v, lens, words, return_lse=True, backend=backend)
-    check(got, q * scale, k, v, SHAPES[1][-1], masks, torch.float32)
+    check(got, q * scale, k, v, SHAPES[1][-1], masks, working_dtype(backend))
 
 
 @backends("tree_attention")
 def test_softmax_scale(backend, device):
-    q, k, v, lens, masks = problem(SHAPES[1], torch.float32, device)
+    q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     words = words_of(masks).to(device)
     got = sk.tree_attention(q, k, v, lens, words, softmax_scale=0.5, backend=backend)
-    want = sk.tree_attention(q * (0.5 * 64**0.5), k, v, lens, words, backend=backend)
-    assert torch.allclose(got, want, atol=2e-6)
+    want = sk.tree_attention(q * (0.5 * 64**0.5), k, v, lens, words, backend=backend)  # a power of two: exact
+    assert torch.allclose(got, want, atol=2e-6 if got.dtype == torch.float32 else 2e-2)
 
 
 @backends("tree_attention")

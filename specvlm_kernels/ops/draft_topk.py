@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,4 +77,19 @@ def _torch(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_
     token_ids.copy_(top_ids)
 
 
+def _triton(*call: Any) -> None:
+    from ..triton.draft_topk import draft_topk as kernel
+
+    kernel(*call)
+
+
+def _triton_missing(logits: Tensor, k: int, *_: object) -> str | None:
+    if logits.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    if logits.shape[-1] > 1 << 20:
+        return f"at most {1 << 20} tokens in the vocabulary, got {logits.shape[-1]}"
+    return None if k <= 64 else f"at most 64 tokens a row, got k={k}"
+
+
+OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,4 +100,16 @@ def _torch(
     num_attention.copy_(chosen.num_attention)
 
 
+def _triton(*call: Any) -> None:
+    from ..triton.select_tokens import select_tokens as kernel
+
+    kernel(*call)
+
+
+def _triton_missing(scores: Tensor, *_: object) -> str | None:
+    v = scores.shape[1]
+    return None if v <= 1 << 22 else f"at most {1 << 22} tokens a row, so that masses sum in 64 bits, got {v}"
+
+
+OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

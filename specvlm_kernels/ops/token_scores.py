@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -198,4 +200,18 @@ def _torch(
     )
 
 
+def _triton(*call: Any) -> None:
+    from ..triton.token_scores import token_scores as kernel
+
+    kernel(*call)
+
+
+def _triton_missing(q: Tensor, *_: object) -> str | None:
+    if q.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    d = q.shape[-1]
+    return None if d % 16 == 0 and d <= 256 else f"D must be a multiple of 16 up to 256, got {d}"
+
+
+OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, register
+from ..backend import Tier, extension, misaligned, register
 from ..reference.tree_attention import tree_attention as reference
 
 OP = register("tree_attention")
@@ -159,4 +162,90 @@ def _torch(
         lse.copy_(reference_lse)
 
 
+def _triton(*call: Any) -> None:
+    from ..triton.tree_attention import tree_attention as kernel
+
+    kernel(*call)
+
+
+def _triton_missing(q: Tensor, *_: object) -> str | None:
+    if q.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    d = q.shape[-1]
+    return None if d % 16 == 0 and d <= 256 else f"D must be a multiple of 16 up to 256, got {d}"
+
+
+@functools.cache
+def _plan(*shape: int) -> Any:
+    return extension()[0].tree_attention_plan(*shape)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _cuda_missing(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor, tree_mask: object, tree_lens: object, page_table: object, _: float
+) -> str | None:
+    if q.dtype not in check.HALF:
+        return f"the kernel takes bf16 and fp16, got {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"D must be 64 or 128, got {q.shape[-1]}"
+    if page_table is not None:
+        return "paged caches have no CUDA kernel yet"
+    if torch.cuda.get_device_capability(q.device) != (9, 0) or "90a" not in extension()[0].architectures():
+        return "the kernel is for sm_90a"
+    return misaligned("q", q) or misaligned("k", k) or misaligned("v", v)
+
+
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lens: Tensor,
+    tree_mask: Tensor | None,
+    tree_lens: Tensor | None,
+    page_table: Tensor | None,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    b, n, q_heads, d = q.shape
+    capacity, kv_heads = k.shape[1], k.shape[2]
+    plan = _plan(b, n, q_heads, kv_heads, d, capacity, _multiprocessors(q.device.index))
+    workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
+    with torch.cuda.device(q.device):
+        extension()[0].tree_attention(
+            plan,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            kv_lens.data_ptr(),
+            tree_mask.data_ptr() if tree_mask is not None else 0,
+            tree_lens.data_ptr() if tree_lens is not None else 0,
+            out.data_ptr(),
+            lse.data_ptr() if lse is not None else 0,
+            workspace.data_ptr(),
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            out.stride()[:3],
+            tree_mask.stride(0) if tree_mask is not None else 0,
+            tree_mask.stride(1) if tree_mask is not None else 0,
+            tree_mask.shape[2] if tree_mask is not None else 0,
+            b,
+            n,
+            q_heads,
+            kv_heads,
+            d,
+            capacity,
+            softmax_scale,
+            q.dtype == torch.bfloat16,
+            torch.cuda.current_stream(q.device).cuda_stream,
+        )
+
+
+OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
+OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,4 +121,18 @@ def _torch(
         given.copy_(computed)
 
 
+def _triton(*call: Any) -> None:
+    from ..triton.verify_greedy import verify_greedy as kernel
+
+    kernel(*call)
+
+
+def _triton_missing(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
+    if logits.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    n = tokens.shape[1]
+    return None if n <= 4096 else f"at most 4096 nodes, got {n}"
+
+
+OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -141,4 +143,18 @@ def _torch(
         given.copy_(computed)
 
 
+def _triton(*call: Any) -> None:
+    from ..triton.verify_sample import verify_sample as kernel
+
+    kernel(*call)
+
+
+def _triton_missing(logits: Tensor, *_: object) -> str | None:
+    if logits.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    vocab = logits.shape[-1]
+    return None if vocab <= 1 << 20 else f"at most {1 << 20} tokens in the vocabulary, got {vocab}"
+
+
+OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -26,7 +26,7 @@ def _exp_below(x, top, factor):
     return tl.where(x == top, 1.0, tl.exp2((x - top) * factor))
 
 
-@triton.jit(do_not_specialize=["vocab", "segments"])
+@triton.jit(do_not_specialize=["segments"])
 def _segments_kernel(
     logits,
     maxima,  # int64 [rows, segments]: key_with_id of each segment's maximum
@@ -55,7 +55,7 @@ def _segments_kernel(
     tl.store(sums + place, tl.sum(tl.sum(terms, 1), 0))
 
 
-@triton.jit(do_not_specialize=["vocab", "segments", "programs", "k"])
+@triton.jit(do_not_specialize=["segments", "programs", "k"])
 def _merge_kernel(
     logits,
     maxima,

@@ -16,7 +16,7 @@ MAX_WALK = 16384  # nodes times chunks it holds in registers
 MAX_NODES = 4096
 
 
-@triton.jit(do_not_specialize=["nodes", "vocab", "steps"])
+@triton.jit(do_not_specialize=["nodes", "steps"])
 def _argmax_kernel(logits, parts, l_b, l_n, nodes, vocab, steps, BLOCK: tl.constexpr):
     """parts int64 [B*N, chunks]: each chunk's largest key_with_id; a chunk is `steps` blocks."""
     row = tl.program_id(0)

@@ -1,0 +1,98 @@
+// Hopper's asynchronous machinery: shared-memory matrix descriptors, wgmma, TMA, named barriers.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <cuda/ptx>
+
+#include "common/wgmma_shapes.cuh"
+
+namespace specvlm {
+
+namespace ptx = cuda::ptx;
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Descriptor of a tile in 128-byte swizzled layout: rows of 128 bytes in groups of 8 (1024 bytes, aligned to that).
+// K-major operands: a row is 64 consecutive k. MN-major: a row is 64 consecutive m or n, the 8 rows are k.
+__device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t address) {
+  constexpr std::uint64_t kGroupStride = 1024 >> 4;  // "stride" offset: from one group of 8 rows to the next
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+  return kSwizzle128 | (kGroupStride << 32) | (std::uint64_t{1} << 16) | ((address & 0x3FFFF) >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+
+// Keeps the compiler from moving uses of accumulators across wgmma_wait.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_keep(float (&acc)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(REGISTERS));
+}
+
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts towards a named barrier without waiting at it.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A barrier that also says whether any of its threads brought true.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, r;\nsetp.ne.b32 p, %3, 0;\n"
+      "barrier.cta.red.or.pred r, %1, %2, p;\nselp.b32 %0, 1, 0, r;\n}\n"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<int>(mine))
+      : "memory");
+  return any != 0;
+}
+
+__device__ __forceinline__ void wait_for_phase(std::uint64_t* barrier, std::uint32_t parity) {
+  while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
+  }
+}
+
+// Writes four 8x8 matrices of 16-bit elements, each transposed; lane i gives the address of row i%8 of matrix i/8.
+__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1,
+                                                          std::uint32_t m2, std::uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(m0),
+               "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(address), "r"(m0), "r"(m1)
+               : "memory");
+}
+
+// One box of a 4-dimensional tensor into shared memory; completes on the barrier. evict_first: read once.
+__device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, int c0, int c1, int c2, int c3,
+                                         std::uint64_t* barrier) {
+  constexpr std::uint64_t kEvictFirst = 0x12F0000000000000;
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
+      : "memory");
+}
+
+}  // namespace specvlm

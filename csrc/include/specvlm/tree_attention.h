@@ -1,0 +1,50 @@
+// tree_attention: N tree nodes attend to a KV cache that already holds their own keys and values.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace specvlm {
+
+enum class HalfType { kBFloat16, kFloat16 };
+
+struct TreeAttentionStrides {  // in elements; the last dim is contiguous
+  std::int64_t batch, token, head;
+};
+
+struct TreeAttentionParams {
+  const void* q;                  // [B,N,Hq,D]
+  const void* k;                  // [B,S,Hkv,D]
+  const void* v;                  // [B,S,Hkv,D]
+  const std::int32_t* kv_lens;    // [B], context tokens; clamped to 0..S
+  const std::int64_t* tree_mask;  // [B,N,W] bit words, or nullptr for a causal chain
+  const std::int32_t* tree_lens;  // [B], clamped to 0..N, or nullptr for N
+  void* out;                      // [B,N,Hq,D]
+  float* lse;                     // [B,N,Hq] contiguous, natural log, or nullptr
+  float* workspace;               // tree_attention_workspace() floats
+  TreeAttentionStrides q_strides, k_strides, v_strides, out_strides;
+  std::int64_t mask_batch_stride;  // elements; 0 for one mask for all
+  std::int64_t mask_node_stride;
+  int mask_words;                                           // W
+  int batch, nodes, q_heads, kv_heads, head_dim, capacity;  // head_dim 64 or 128; capacity is S
+  float scale;                                              // softmax scale
+  HalfType dtype;
+};
+
+// How the work is cut: every CTA reads each K/V tile once for `row_tile` packed rows (node, head of the group).
+struct TreeAttentionPlan {
+  int row_tile;   // packed rows per CTA, 2 * columns of one warpgroup
+  int row_tiles;  // per KV head
+  int ctas;
+  std::size_t workspace_floats;
+};
+
+TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim, int capacity,
+                                      int multiprocessors);
+
+// sm_90 only. Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
+void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan, cudaStream_t stream);
+
+}  // namespace specvlm
