@@ -40,7 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="OUT.png", help="draw the curves here")
     parser.add_argument("--from", dest="source", metavar="RECORD.json", help="show or plot a record; run nothing")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="two records side by side")
-    parser.add_argument("--readme", nargs=2, metavar=("README.md", "RECORD.json"), help="rewrite the README's table")
+    parser.add_argument(
+        "--readme", nargs="+", metavar=("README.md", "RECORD.json"), help="rewrite the README's tables, one a record"
+    )
     parser.add_argument("--list", action="store_true", help="list the cases")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny cases in the torch backend, without a GPU")
     options = parser.parse_args(arguments)
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.readme:
         try:
-            report.update_readme(args.readme[0], report.load(args.readme[1]))
+            report.update_readme(args.readme[0], list(map(report.load, args.readme[1:])))
         except ValueError as error:
             print(f"python -m bench: {error}", file=sys.stderr)
             return 2

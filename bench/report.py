@@ -197,10 +197,11 @@ def _peer_cell(row: Row, whole: bool) -> str:
     return f"{best[0]}: {best[1] * row['us']:.1f} ({best[1]:.2f}x)" if best else ""
 
 
-def update_readme(readme: str | Path, record: Record) -> None:
-    """Replaces what stands between the two marker comments of a README by the record's table."""
+def update_readme(readme: str | Path, records: list[Record]) -> None:
+    """Replaces what stands between the two marker comments of a README by the records' tables."""
     text = Path(readme).read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme}: expected one line {BEGIN!r} and, after it, one line {END!r}")
     before, rest = text.split(BEGIN)
-    Path(readme).write_text(f"{before}{BEGIN}\n{markdown(record)}\n{END}{rest.split(END)[1]}")
+    tables = "\n\n".join(map(markdown, records))
+    Path(readme).write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}")

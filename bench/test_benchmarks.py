@@ -142,13 +142,13 @@ def test_readme_table_is_replaced_between_its_markers(tmp_path: Any) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):
-        report.update_readme(readme, _record())
+        report.update_readme(readme, [_record()])
     text = readme.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
     assert text.count("| select_tokens | V10 | cuda | 10.0 | 50 | slow: 40.0 (4.00x) | part: 15.0 (1.50x) |") == 1
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="benchmark results"):
-        report.update_readme(readme, _record())
+        report.update_readme(readme, [_record()])
 
 
 def test_smoke_run_writes_a_record_and_compares(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,10 +32,11 @@ class Tier:
 
 @dataclass
 class Op:
-    """An op's name and its tiers, best first."""
+    """An op's name, its tiers, and the order in which they are tried on a GPU."""
 
     name: str
     tiers: dict[str, Tier] = field(default_factory=dict)
+    order: tuple[str, ...] = BACKENDS
 
     def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Any]:
         """The function that runs this call on tensors of this device."""
@@ -50,7 +51,7 @@ class Op:
 
     def best(self, device: torch.device, call: tuple[Any, ...]) -> str:
         """The first backend that can run this call; on the CPU Triton's interpreter only runs when named."""
-        names = BACKENDS if device.type == "cuda" else ("torch",)
+        names = self.order if device.type == "cuda" else ("torch",)
         return next((name for name in names if self.missing(name, device, call) is None), "torch")
 
     def missing(self, backend: str, device: torch.device, call: tuple[Any, ...]) -> str | None:

@@ -91,7 +91,7 @@ def problem(b, n, vocab, device, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("b,n,vocab", [(1, 1, 5), (4, 26, 4), (2, 12, 37)])
 def test_the_definition(b, n, vocab, settings, backend, device):
-    for seed in range(4):
+    for seed in range(1 if backend == "triton" and device == "cpu" else 4):  # the interpreter is slow
         logits, tokens, parents, coins = problem(b, n, vocab, device, seed)
         got = sk.verify_sample(logits, tokens, parents, coins, **settings, backend=backend)
         for r in range(b):
@@ -131,7 +131,8 @@ def test_a_coin_past_the_last_mass_takes_the_last_child(backend, device):
 def test_every_output_is_written_and_reruns_are_equal(backend, device):
     logits, tokens, parents, coins = problem(3, 12, 5, device)
     bitwise_equal_reruns(
-        lambda: sk.verify_sample(logits, tokens, parents, coins, temperature=1.0, top_p=0.9, backend=backend)
+        lambda: sk.verify_sample(logits, tokens, parents, coins, temperature=1.0, top_p=0.9, backend=backend),
+        times=1 if device == "cpu" else 5,
     )
 
     def run(_, poison):

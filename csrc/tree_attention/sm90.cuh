@@ -121,8 +121,8 @@ __device__ __forceinline__ std::uint64_t visible_bits(const TreeAttentionParams&
     if (shift != 0 && word + 1 < p.mask_words) tree |= static_cast<std::uint64_t>(row[word + 1]) << (64 - shift);
   }
   tree &= low_ones(live - max(skip, 0));
-  if (skip <= -64) return ~0ull;
-  return skip < 0 ? (tree << -skip) | low_ones(-skip) : tree;
+  const std::uint64_t seen = skip <= -64 ? ~0ull : skip < 0 ? (tree << -skip) | low_ones(-skip) : tree;
+  return seen & low_ones(p.capacity - base);
 }
 
 template <typename T>
@@ -156,6 +156,13 @@ __device__ __forceinline__ void column_max(const float (&x)[COLS / 2], float* re
     best = fmaxf(best, __shfl_xor_sync(~0u, best, 16));
     if (lane < 4) reduce[warp * COLS + c / 2 * 8 + lane * 2 + c % 2] = best;
   }
+}
+
+// Read anew where it is needed: kept in registers through the main loop it would cost a spill.
+__device__ __forceinline__ int this_cta() {
+  int cta;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
+  return cta;
 }
 
 template <typename T, int D, int COLS>
@@ -421,7 +428,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 
     const int live = line.live(s.request);
     const bool whole = s.begin == 0 && s.end == s.item_tiles;
-    const int slot = 2 * cta + (tile == first_tile_of(cta, ctas, total) ? 0 : 1);
+    const int slot = 2 * this_cta() + (tile == first_tile_of(this_cta(), ctas, total) ? 0 : 1);
     float* part_out = p.workspace + static_cast<std::int64_t>(slot) * L::kRows * D;
     float* part_lse = p.workspace + static_cast<std::int64_t>(2 * gridDim.x) * L::kRows * D + slot * L::kRows;
 #pragma unroll

@@ -109,7 +109,6 @@ def page_layout(cache: Tensor, page_table: Tensor | None) -> tuple[int, int, int
 WAYS = tl.constexpr(16)
 LARGE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 SCORE_BITS = tl.constexpr(40)  # score_mass is below 2**40
-EXP_BITS = tl.constexpr(39)  # exp_mass is at most 2**39
 PACK = tl.constexpr(51)  # the mass of a block of SEARCH_BLOCK entries is below 2**51; the count goes above it
 ONE_PACKED = tl.constexpr(1 << 51)
 P_BITS = tl.constexpr(24)  # top_p of select_tokens is a multiple of 2**-24

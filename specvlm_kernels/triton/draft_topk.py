@@ -16,7 +16,6 @@ from ._common import device_of, id_of, key_value, key_with_id, order_key
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_K = 64
 LOWEST = tl.constexpr(-0x8000000000000000)  # below every key_with_id
 
 

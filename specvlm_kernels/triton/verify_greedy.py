@@ -13,7 +13,6 @@ from ._common import device_of, id_of, key_with_id, order_key
 
 MAX_PARTS = 32  # chunks per node that the walk reduces
 MAX_WALK = 16384  # nodes times chunks it holds in registers
-MAX_NODES = 4096
 
 
 @triton.jit(do_not_specialize=["nodes", "steps"])
