@@ -11,7 +11,7 @@ print("#pragma once\n")
 print("#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n\n#include <cstdint>\n")
 print("namespace specvlm {\n")
 print(
-    "// acc[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory. A_MAJOR, B_MAJOR: 0 if K is contiguous, else 1."
+    "// acc[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory; A_MAJOR, B_MAJOR: 0 if K is contiguous, or 1."
 )
 print("template <typename T, int N, int A_MAJOR, int B_MAJOR>\nstruct Wgmma;\n")
 for cpp, ptx in TYPES.items():

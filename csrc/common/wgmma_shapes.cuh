@@ -8,7 +8,7 @@
 
 namespace specvlm {
 
-// acc[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory. A_MAJOR, B_MAJOR: 0 if K is contiguous, else 1.
+// acc[64 x N] (+)= A[64 x 16] B[16 x N], A and B in shared memory; A_MAJOR, B_MAJOR: 0 if K is contiguous, or 1.
 template <typename T, int N, int A_MAJOR, int B_MAJOR>
 struct Wgmma;
 
