@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,18 +95,3 @@ def device_values(name: str, x: Tensor | None, low: int, high: int) -> None:
     least, most = int(x.min()), int(x.max())
     if least < low or most > high:
         raise ValueError(f"{name}: expected values in {low}..{high}, got {least}..{most}")
-
-
-def layers(name: str, caches: Any) -> Sequence[Tensor]:
-    """A stacked tensor [L, ...] or a list of tensors, as a list of layers."""
-    if isinstance(caches, Tensor):
-        if caches.dim() != 5:
-            raise ValueError(
-                f"{name}: expected a stacked tensor of 5 dims [L, ...] or a list, got {list(caches.shape)}"
-            )
-        return caches.unbind(0)
-    if not isinstance(caches, (list, tuple)):
-        raise TypeError(f"{name}: expected a stacked tensor or a list of tensors, got {type(caches).__name__}")
-    if not caches:
-        raise ValueError(f"{name}: expected at least one layer, got an empty list")
-    return caches
