@@ -44,7 +44,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(BIN)/pip install -q ".[vlm]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(BIN)/pip install -q ".[dev]"
 	touch $@
 

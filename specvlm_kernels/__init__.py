@@ -35,6 +35,7 @@ __all__ = [
     "SPECVLM_TREE",
     "Pruning",
     "SpeculativeDecoder",
+    "Sampling",
     "Generation",
     "explain",
     "BackendUnavailableError",

@@ -2,7 +2,7 @@
 
 Nothing of their modelling code is repeated: the language model is called with our attention function, which
 transformers' AttentionInterface knows as "specvlm", and with a Cache that writes into one stacked buffer.
-Tested with transformers 5.17 and 5.18.
+Tested with transformers 5.17, 5.18 and 5.23.
 """
 
 from __future__ import annotations
