@@ -6,6 +6,7 @@ import functools
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_vlm"
@@ -30,6 +31,7 @@ def asker():
 
 def held_out_prompt(index: int, folder: Path):
     """A held-out clip, written as an MP4 and read back, with one of its questions: (inputs, answer)."""
+    pytest.importorskip("av", reason="PyAV is not installed")
     import generate
 
     from specvlm_kernels.video import read_video
