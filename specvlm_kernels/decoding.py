@@ -263,6 +263,13 @@ class SpeculativeDecoder:
         tokenizer: Any = None,
         max_cache_tokens: int | None = None,
     ):
+        for name, value, kind in (
+            ("tree", tree, TokenTree),
+            ("pruning", pruning, Pruning),
+            ("sampling", sampling, Sampling),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
         if positions not in ("original", "compact"):
             raise ValueError(f'positions: expected "original" or "compact", got {positions!r}')
         if tree.width > min(target.vocab_size, draft.vocab_size):
@@ -307,12 +314,12 @@ class SpeculativeDecoder:
         draft, kept = self._prefill_draft(inputs, prompt, scores, max_new_tokens, clock, stats)
         out.extend([root])
 
-        mask, parents = tree.mask_words(device), tree.parents_tensor(device)
+        mask, parents, sources = tree.mask_words(device), tree.parents_tensor(device), tree.level_sources(device)
         depths = torch.tensor([tree.depths], device=device)
         pending: list[int] = []  # accepted tokens that the draft has not read
         while not out.done:
             with clock("draft"):
-                tokens = self._propose(draft, [*pending, root], mask, stats)
+                tokens = self._propose(draft, [*pending, root], mask, sources, stats)
             with clock("verify"):
                 positions = target.cache.kv_lens[:, None] + target.offset + depths
                 logits = target.model.forward(target.cache, tokens, positions, tree_mask=mask)
@@ -472,7 +479,14 @@ class SpeculativeDecoder:
         side.cache.kv_lens += embeds.shape[1]
         return logits
 
-    def _propose(self, draft: _Side, chain: list[int], mask: Tensor, stats: Stats) -> Tensor:
+    def _propose(
+        self,
+        draft: _Side,
+        chain: list[int],
+        mask: Tensor,
+        sources: list[tuple[Tensor, Tensor]],
+        stats: Stats,
+    ) -> Tensor:
         """The tree's tokens int64 [1,N]: the draft reads what it missed and the root, then level after level."""
         tree, cache = self.tree, draft.cache
         device = cache.kv_lens.device
@@ -487,9 +501,7 @@ class SpeculativeDecoder:
         stats.draft_passes += tree.max_depth
         for level, nodes in enumerate(tree.levels[1:], 1):
             _, candidates = draft_topk(logits[..., : self.shared_vocab], tree.width)
-            above = tree.levels[level - 1].start
-            rows = torch.tensor([tree.parents[i] - above for i in nodes], device=device)
-            ranks = torch.tensor([tree.ranks[i] for i in nodes], device=device)
+            rows, ranks = sources[level - 1]
             tokens[0, nodes.start : nodes.stop] = candidates[0, rows, ranks]
             if level < tree.max_depth:
                 new = tokens[:, nodes.start : nodes.stop]

@@ -90,6 +90,17 @@ class TokenTree:
         """int64 [N,ceil(N/64)]: the ancestor mask as tree_attention takes it."""
         return pack_mask(self.ancestor_mask()).to(device)
 
+    def level_sources(self, device: torch.device | str = "cpu") -> list[tuple[Tensor, Tensor]]:
+        """For every depth from 1 on, int64 [nodes of it] each: the parents, counted in their own level, and ranks."""
+        pairs = zip(self.levels, self.levels[1:])
+        return [
+            (
+                torch.tensor([self.parents[i] - above.start for i in nodes], device=device),
+                torch.tensor([self.ranks[i] for i in nodes], device=device),
+            )
+            for above, nodes in pairs
+        ]
+
     def parents_tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """int32 [N]: parents as verify_greedy and verify_sample take them."""
         return torch.tensor(self.parents, dtype=torch.int32, device=device)

@@ -208,6 +208,9 @@ def test_clear_errors():
         decoder(torch.nn.Linear(2, 2), draft)
     with pytest.raises(ValueError, match="LlavaOnevision"):
         decoder(target, llava(0))
+    for name in ("tree", "pruning", "sampling"):
+        with pytest.raises(TypeError, match=f"{name}: expected a"):
+            decoder(target, draft, **{name: "paper"})
     with pytest.raises(ValueError, match="method"):
         sk.Pruning("other")
     with pytest.raises(ValueError, match="ratio"):

@@ -22,6 +22,14 @@ def test_from_paths_puts_parents_first_and_keeps_ranks():
     assert tree.width == 6
 
 
+def test_level_sources_lead_from_each_level_to_the_next():
+    tree = sk.TokenTree.from_paths([(1,), (0, 2), (0,), (0, 0), (1, 5)])
+    assert [(rows.tolist(), ranks.tolist()) for rows, ranks in tree.level_sources()] == [
+        ([0, 0], [0, 1]),
+        ([0, 0, 1], [0, 2, 5]),
+    ]
+
+
 def test_chain():
     tree = sk.TokenTree.chain(3)
     assert tree.parents == (-1, 0, 1, 2)
