@@ -169,6 +169,19 @@ def device_of(call: tuple[Any, ...]) -> torch.device:
     return first.device if isinstance(first, Tensor) else first[0].device
 
 
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def not_for_triton(x: Tensor, *, head_dim: int = 16) -> str | None:
+    """What every Triton kernel says of float64, and the attention kernels of an odd head dim."""
+    if x.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    return None if head_dim % 16 == 0 and head_dim <= 256 else f"D must be a multiple of 16 up to 256, got {head_dim}"
+
+
 def misaligned(name: str, x: Tensor) -> str | None:
     """The CUDA kernels read 16 bytes at a time: base, strides and rows must be multiples of that."""
     unit = 16 // x.element_size()

@@ -217,7 +217,7 @@ class Job:
         import torch
 
         try:
-            from transformers import AutoModelForImageTextToText
+            from transformers import AutoModelForImageTextToText, AutoTokenizer
             from transformers.utils import logging
 
             from .integrations.processing import VideoQuestion
@@ -239,7 +239,7 @@ class Job:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype: str = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
         asker = VideoQuestion(target)
-        check_tokenizers(asker.tokenizer, VideoQuestion(draft).tokenizer)
+        check_tokenizers(asker.tokenizer, AutoTokenizer.from_pretrained(draft))
         self.tokenizer = asker.tokenizer
         self.video: Video = read_video(args.video, args.fps or asker.fps, args.max_frames or asker.max_frames)
         self.prompt: VideoPrompt = asker(self.video, args.question)

@@ -176,8 +176,13 @@ def test_hostile_lengths_stay_inside(backend, device):
     got = sk.tree_attention(q, k, v, hostile, words, backend=backend)
     assert bool(torch.isfinite(got).all())
     assert torch.allclose(got, want, atol=1e-5 if got.dtype == torch.float32 else 2e-2)
-    if backend == "cuda":
-        return  # pages are tested where there is a kernel for them
+
+
+@backends("tree_attention")
+def test_hostile_page_tables_stay_inside(backend, device):
+    q = randn(3, 5, 4, 64, device=device, dtype=working_dtype(backend))
+    words = words_of(torch.ones(3, 5, 5, dtype=torch.bool).tril()).to(device)
+    hostile = torch.tensor([-1, 40, 2**31 - 1], dtype=torch.int32, device=device)
     table = torch.tensor([[-1, 2**31 - 1]] * 3, dtype=torch.int32, device=device)
     pages = randn(4, 32, 2, 64, device=device, dtype=q.dtype)
     got = sk.tree_attention(q, pages, pages, hostile, words, page_table=table, backend=backend)

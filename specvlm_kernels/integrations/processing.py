@@ -6,6 +6,7 @@ AutoProcessor does it where torchvision is installed. Without it there is a path
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,6 @@ class VideoQuestion:
         path = cached_file(self.folder, name, _raise_exceptions_for_missing_entries=False)
         if path is None:
             return {}
-        import json
-
         return json.loads(Path(path).read_text())
 
     def __call__(self, video: Video, question: str) -> VideoPrompt:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, register
+from ..backend import Tier, not_for_triton, register
 from ..reference.draft_topk import draft_topk as reference
 
 OP = register("draft_topk")
@@ -84,8 +84,8 @@ def _triton(*call: Any) -> None:
 
 
 def _triton_missing(logits: Tensor, k: int, *_: object) -> str | None:
-    if logits.dtype == torch.float64:
-        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    if reason := not_for_triton(logits):
+        return reason
     if logits.shape[-1] > 1 << 20:
         return f"at most {1 << 20} tokens in the vocabulary, got {logits.shape[-1]}"
     return None if k <= 64 else f"at most 64 tokens a row, got k={k}"

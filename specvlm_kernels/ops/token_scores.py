@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, register
+from ..backend import Tier, not_for_triton, register
 from ..reference.token_scores import token_scores as reference
 
 OP = register("token_scores")
@@ -207,10 +207,7 @@ def _triton(*call: Any) -> None:
 
 
 def _triton_missing(q: Tensor, *_: object) -> str | None:
-    if q.dtype == torch.float64:
-        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
-    d = q.shape[-1]
-    return None if d % 16 == 0 and d <= 256 else f"D must be a multiple of 16 up to 256, got {d}"
+    return not_for_triton(q, head_dim=q.shape[-1])
 
 
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)

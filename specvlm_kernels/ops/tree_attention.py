@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, extension, misaligned, register
+from ..backend import Tier, extension, misaligned, multiprocessors, not_for_triton, register
 from ..reference.tree_attention import tree_attention as reference
 
 OP = register("tree_attention")
@@ -169,20 +169,12 @@ def _triton(*call: Any) -> None:
 
 
 def _triton_missing(q: Tensor, *_: object) -> str | None:
-    if q.dtype == torch.float64:
-        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
-    d = q.shape[-1]
-    return None if d % 16 == 0 and d <= 256 else f"D must be a multiple of 16 up to 256, got {d}"
+    return not_for_triton(q, head_dim=q.shape[-1])
 
 
 @functools.cache
 def _plan(*shape: int) -> Any:
     return extension()[0].tree_attention_plan(*shape)
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _cuda_missing(
@@ -213,7 +205,7 @@ def _cuda(
 ) -> None:
     b, n, q_heads, d = q.shape
     capacity, kv_heads = k.shape[1], k.shape[2]
-    plan = _plan(b, n, q_heads, kv_heads, d, capacity, _multiprocessors(q.device.index))
+    plan = _plan(b, n, q_heads, kv_heads, d, capacity, multiprocessors(q.device.index))
     workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
         extension()[0].tree_attention(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, register
+from ..backend import Tier, not_for_triton, register
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_greedy import verify_greedy as reference
 
@@ -128,8 +128,8 @@ def _triton(*call: Any) -> None:
 
 
 def _triton_missing(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
-    if logits.dtype == torch.float64:
-        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    if reason := not_for_triton(logits):
+        return reason
     n = tokens.shape[1]
     return None if n <= 4096 else f"at most 4096 nodes, got {n}"
 

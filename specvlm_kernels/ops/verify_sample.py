@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, register
+from ..backend import Tier, not_for_triton, register
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_sample import verify_sample as reference
 from .verify_greedy import check_tree, empty_verdict
@@ -150,8 +150,8 @@ def _triton(*call: Any) -> None:
 
 
 def _triton_missing(logits: Tensor, *_: object) -> str | None:
-    if logits.dtype == torch.float64:
-        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    if reason := not_for_triton(logits):
+        return reason
     vocab = logits.shape[-1]
     return None if vocab <= 1 << 20 else f"at most {1 << 20} tokens in the vocabulary, got {vocab}"
 

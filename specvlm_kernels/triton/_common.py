@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .. import backend
 
 CPU_MULTIPROCESSORS = 8  # what TRITON_INTERPRET=1 pretends to run on: enough to exercise every split
 
@@ -68,15 +69,8 @@ def id_of(packed):
     return 0x7FFFFFFF - (packed & 0xFFFFFFFF)
 
 
-@functools.cache
-def _multiprocessors(kind: str, index: int | None) -> int:
-    if kind != "cuda":
-        return CPU_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def multiprocessors(x: Tensor) -> int:
-    return _multiprocessors(x.device.type, x.device.index)
+    return backend.multiprocessors(x.device.index) if x.is_cuda else CPU_MULTIPROCESSORS
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
