@@ -39,20 +39,26 @@ specvlm::TreeAttentionStrides tree_attention_strides(const Strides& s) {
 }
 
 void bind_tree_attention(py::module_& m) {
+  py::enum_<specvlm::TreeAttentionKernel>(m, "TreeAttentionKernel")
+      .value("SM80", specvlm::TreeAttentionKernel::kSm80)
+      .value("SM90", specvlm::TreeAttentionKernel::kSm90);
   py::class_<specvlm::TreeAttentionPlan>(m, "TreeAttentionPlan")
+      .def_readonly("kernel", &specvlm::TreeAttentionPlan::kernel)
       .def_readonly("row_tile", &specvlm::TreeAttentionPlan::row_tile)
       .def_readonly("row_tiles", &specvlm::TreeAttentionPlan::row_tiles)
       .def_readonly("ctas", &specvlm::TreeAttentionPlan::ctas)
       .def_readonly("workspace_floats", &specvlm::TreeAttentionPlan::workspace_floats);
   m.def("tree_attention_plan", &specvlm::tree_attention_plan, py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),
-        py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("multiprocessors"));
+        py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("page_size"), py::arg("architecture"),
+        py::arg("multiprocessors"));
   m.def(
       "tree_attention",
       [](const specvlm::TreeAttentionPlan& plan, Address q, Address k, Address v, Address kv_lens, Address tree_mask,
-         Address tree_lens, Address out, Address lse, Address workspace, const Strides& q_strides,
+         Address tree_lens, Address page_table, Address out, Address lse, Address workspace, const Strides& q_strides,
          const Strides& k_strides, const Strides& v_strides, const Strides& out_strides, std::int64_t mask_batch_stride,
-         std::int64_t mask_node_stride, int mask_words, int batch, int nodes, int q_heads, int kv_heads, int head_dim,
-         int capacity, float scale, bool bfloat16, Address stream) {
+         std::int64_t mask_node_stride, std::int64_t page_table_stride, int mask_words, int batch, int nodes,
+         int q_heads, int kv_heads, int head_dim, int capacity, int page_size, int pages, int max_pages, float scale,
+         bool bfloat16, Address stream) {
         specvlm::TreeAttentionParams p{};
         p.q = pointer<const void>(q);
         p.k = pointer<const void>(k);
@@ -60,6 +66,7 @@ void bind_tree_attention(py::module_& m) {
         p.kv_lens = pointer<const std::int32_t>(kv_lens);
         p.tree_mask = pointer<const std::int64_t>(tree_mask);
         p.tree_lens = pointer<const std::int32_t>(tree_lens);
+        p.page_table = pointer<const std::int32_t>(page_table);
         p.out = pointer<void>(out);
         p.lse = pointer<float>(lse);
         p.workspace = pointer<float>(workspace);
@@ -69,6 +76,7 @@ void bind_tree_attention(py::module_& m) {
         p.out_strides = tree_attention_strides(out_strides);
         p.mask_batch_stride = mask_batch_stride;
         p.mask_node_stride = mask_node_stride;
+        p.page_table_stride = page_table_stride;
         p.mask_words = mask_words;
         p.batch = batch;
         p.nodes = nodes;
@@ -76,16 +84,20 @@ void bind_tree_attention(py::module_& m) {
         p.kv_heads = kv_heads;
         p.head_dim = head_dim;
         p.capacity = capacity;
+        p.page_size = page_size;
+        p.pages = pages;
+        p.max_pages = max_pages;
         p.scale = scale;
         p.dtype = bfloat16 ? specvlm::HalfType::kBFloat16 : specvlm::HalfType::kFloat16;
         specvlm::tree_attention(p, plan, stream_of(stream));
       },
       py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("kv_lens"), py::arg("tree_mask"),
-      py::arg("tree_lens"), py::arg("out"), py::arg("lse"), py::arg("workspace"), py::arg("q_strides"),
-      py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("mask_batch_stride"),
-      py::arg("mask_node_stride"), py::arg("mask_words"), py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),
-      py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("scale"), py::arg("bfloat16"),
-      py::arg("stream"));
+      py::arg("tree_lens"), py::arg("page_table"), py::arg("out"), py::arg("lse"), py::arg("workspace"),
+      py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
+      py::arg("mask_batch_stride"), py::arg("mask_node_stride"), py::arg("page_table_stride"), py::arg("mask_words"),
+      py::arg("batch"), py::arg("nodes"), py::arg("q_heads"), py::arg("kv_heads"), py::arg("head_dim"),
+      py::arg("capacity"), py::arg("page_size"), py::arg("pages"), py::arg("max_pages"), py::arg("scale"),
+      py::arg("bfloat16"), py::arg("stream"));
 }
 
 void bind_compact_kv(py::module_& m) {

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _env
+
 BACKENDS = ("cuda", "triton", "torch")
 
 
@@ -139,6 +141,18 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     if arch[-1] == "a":
         return (major, minor) == capability
     return major == capability[0] and minor <= capability[1]
+
+
+@functools.cache
+def _built_architecture(index: int | None) -> int:
+    """90 where kernels of sm_90a are built in and run on this CUDA device, otherwise 80."""
+    hopper = torch.cuda.get_device_capability(index) == (9, 0) and "90a" in extension()[0].architectures()
+    return 90 if hopper else 80
+
+
+def architecture(index: int | None) -> int:
+    """Which generation of CUDA kernels a device gets: 90 for Hopper's own, 80 for those that run on all."""
+    return min(_built_architecture(index), _env.CUDA_ARCH)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -14,9 +14,20 @@ extern template void tree_attention_sm90<__half, 64>(const TreeAttentionParams&,
 extern template void tree_attention_sm90<__half, 128>(const TreeAttentionParams&, const TreeAttentionPlan&,
                                                       cudaStream_t);
 
+namespace {
+
+// The one place where a kernel is chosen.
+TreeAttentionKernel kernel_for(int page_size, int architecture) {
+  return architecture >= 90 && page_size == 0 ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
+}
+
+}  // namespace
+
 TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim, int capacity,
-                                      int multiprocessors) {
+                                      int page_size, int architecture, int multiprocessors) {
   TreeAttentionPlan plan{};
+  plan.kernel = kernel_for(page_size, architecture);
+  check_argument(plan.kernel == TreeAttentionKernel::kSm90, "page_size: paged caches have no CUDA kernel yet");
   const int rows = nodes * (q_heads / kv_heads), most = 2 * kColumns[std::size(kColumns) - 1];
   plan.row_tiles = (rows + most - 1) / most;
   const int wanted = (rows + plan.row_tiles - 1) / plan.row_tiles;

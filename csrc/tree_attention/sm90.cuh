@@ -10,11 +10,11 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
-#include "specvlm/tree_attention.h"
+#include "common/numeric.cuh"
+#include "tree_attention/schedule.cuh"
 
 namespace specvlm {
 
-constexpr int kTile = 64;  // cache positions per tile: wgmma's M
 constexpr int kWarpgroup = 128;
 constexpr int kAttentionThreads = 3 * kWarpgroup;
 constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
@@ -35,114 +35,6 @@ struct AttentionLayout {
   static constexpr int kPrefix = kBarriers + 3 * kStages * 8;
   static constexpr int bytes(int batch) { return kPrefix + (batch + 1) * 4 + 1024; }  // 1024: to align the base
 };
-
-// The line of tiles and who owns which part of it.
-struct TileLine {
-  const TreeAttentionParams& p;
-  int row_tile, row_tiles;
-
-  __device__ int context(int request) const { return min(max(p.kv_lens[request], 0), p.capacity); }
-  __device__ int live(int request) const {
-    return p.tree_lens == nullptr ? p.nodes : min(max(p.tree_lens[request], 0), p.nodes);
-  }
-  // One past the last position that any row of a row tile sees.
-  __device__ int end(int request, int tile_of_rows) const {
-    const int group = p.q_heads / p.kv_heads, alive = live(request);
-    const int first = tile_of_rows * row_tile / group;
-    if (first >= alive) return 0;
-    const int last = (tile_of_rows * row_tile + row_tile - 1) / group;
-    const int seen = p.tree_mask == nullptr ? min(last + 1, alive) : alive;
-    return min(context(request) + seen, p.capacity);
-  }
-  // Positions below this are seen by every live row of the row tile.
-  __device__ int unmasked(int request, int tile_of_rows) const {
-    const int first = tile_of_rows * row_tile / (p.q_heads / p.kv_heads);
-    return context(request) + (p.tree_mask == nullptr ? first + 1 : 0);
-  }
-  __device__ int tiles(int request, int tile_of_rows) const { return (end(request, tile_of_rows) + kTile - 1) / kTile; }
-  __device__ int tiles_per_head(int request) const {
-    int sum = 0;
-    for (int r = 0; r < row_tiles; ++r) sum += tiles(request, r);
-    return sum;
-  }
-};
-
-// CTAs that get at least one tile: the others would leave holes in the order that the combine kernel follows.
-__device__ __forceinline__ int working_ctas(int ctas, int total) { return min(ctas, total); }
-
-__device__ __forceinline__ int first_tile_of(int cta, int ctas, int total) {
-  return static_cast<int>(static_cast<std::int64_t>(cta) * total / ctas);
-}
-
-__device__ __forceinline__ int cta_of_tile(int tile, int ctas, int total) {
-  return static_cast<int>((static_cast<std::int64_t>(tile + 1) * ctas - 1) / total);
-}
-
-// A run of tiles of one request, head and row tile.
-struct Segment {
-  int request, head, row_tile;
-  int begin, end;  // tiles of the item
-  int item_tiles;  // all tiles of the item
-};
-
-// The segment that starts at a tile of the line and ends before `limit`. prefix[b]: tiles before request b.
-__device__ __forceinline__ Segment segment_at(const TileLine& line, const int* prefix, int tile, int limit) {
-  Segment s;
-  s.request = 0;
-  while (prefix[s.request + 1] <= tile) ++s.request;
-  const int per_head = line.tiles_per_head(s.request);
-  int rest = tile - prefix[s.request];
-  s.head = rest / per_head;
-  rest -= s.head * per_head;
-  s.row_tile = 0;
-  s.item_tiles = line.tiles(s.request, 0);
-  while (rest >= s.item_tiles) {
-    rest -= s.item_tiles;
-    s.item_tiles = line.tiles(s.request, ++s.row_tile);
-  }
-  s.begin = rest;
-  s.end = min(s.item_tiles, rest + limit - tile);
-  return s;
-}
-
-// Which of a row's 64 positions from `base` on are seen: bits of the context, then of the tree.
-__device__ __forceinline__ std::uint64_t visible_bits(const TreeAttentionParams& p, int request, int node, int context,
-                                                      int live, int base) {
-  if (node >= live) return 0;
-  const int skip = base - context;  // tree node at bit 0; negative: so many context positions come first
-  auto low_ones = [](int count) { return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1; };
-  std::uint64_t tree;
-  if (p.tree_mask == nullptr) {
-    tree = low_ones(node + 1 - max(skip, 0));
-  } else {
-    const std::int64_t* row = p.tree_mask + request * p.mask_batch_stride + node * p.mask_node_stride;
-    const int word = max(skip, 0) / 64, shift = max(skip, 0) % 64;
-    tree = word < p.mask_words ? static_cast<std::uint64_t>(row[word]) >> shift : 0;
-    if (shift != 0 && word + 1 < p.mask_words) tree |= static_cast<std::uint64_t>(row[word + 1]) << (64 - shift);
-  }
-  tree &= low_ones(live - max(skip, 0));
-  const std::uint64_t seen = skip <= -64 ? ~0ull : skip < 0 ? (tree << -skip) | low_ones(-skip) : tree;
-  return seen & low_ones(p.capacity - base);
-}
-
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ std::uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const std::uint32_t&>(pair);
-}
-template <>
-__device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const std::uint32_t&>(pair);
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // The largest of each column among a warp's 16 positions, into reduce[warp][column].
 template <int COLS>
@@ -466,97 +358,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     named_barrier(barrier, kWarpgroup);  // `reduce` and Q are free for the next segment
     tile += s.end - s.begin;
   }
-#endif
-}
-
-constexpr int kCombineWarps = 4, kCombineBatch = 8;
-
-// One CTA per output row: puts the parts of a split row together. A warp takes a quarter of the parts, in the order of
-// the cache, and has several of their loads in flight; the quarters are added in order too.
-template <typename T, int D>
-__global__ void __launch_bounds__(32 * kCombineWarps)
-    tree_attention_combine_kernel(const __grid_constant__ TreeAttentionParams p, int row_tile, int row_tiles,
-                                  int grid_ctas) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const TileLine line{p, row_tile, row_tiles};
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const std::int64_t row = blockIdx.x;
-  const int q_head = static_cast<int>(row % p.q_heads), node = static_cast<int>(row / p.q_heads % p.nodes);
-  const int request = static_cast<int>(row / p.q_heads / p.nodes);
-  const int group = p.q_heads / p.kv_heads, head = q_head / group, packed = node * group + q_head % group;
-  const int my_row_tile = packed / row_tile, in_tile = packed % row_tile;
-
-  int before = 0, total = 0;
-  for (int b = lane; b < p.batch; b += 32) {
-    const int tiles = p.kv_heads * line.tiles_per_head(b);
-    total += tiles;
-    if (b < request) before += tiles;
-  }
-  before = __reduce_add_sync(~0u, before);
-  total = __reduce_add_sync(~0u, total);
-  const int ctas = working_ctas(grid_ctas, total);
-  int start = before + head * line.tiles_per_head(request);
-  for (int r = 0; r < my_row_tile; ++r) start += line.tiles(request, r);
-  const int tiles = line.tiles(request, my_row_tile);
-  int first = 0, parts = 0;
-  if (tiles > 0) {
-    first = cta_of_tile(start, ctas, total);
-    parts = cta_of_tile(start + tiles - 1, ctas, total) - first + 1;
-    if (parts == 1) return;  // written by its only CTA
-  }
-  const int first_slot = tiles > 0 && start != first_tile_of(first, ctas, total) ? 1 : 0;
-  auto slot_of = [&](int part) { return 2 * (first + part) + (part == 0 ? first_slot : 0); };
-  constexpr int kPerLane = D / 32;
-  constexpr float kLowest = -3.0e38f;  // stands in for -inf, whose differences would be NaN
-  const float* part_lse = p.workspace + static_cast<std::int64_t>(2 * grid_ctas) * row_tile * D + in_tile;
-  const float* part_out = p.workspace + static_cast<std::int64_t>(in_tile) * D + lane * kPerLane;
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-
-  float top = kLowest;
-  for (int part = lane; part < parts; part += 32) top = fmaxf(top, part_lse[slot_of(part) * row_tile]);
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-
-  float result[kPerLane] = {}, weights = 0.0f;
-  const int quarter = (parts + kCombineWarps - 1) / kCombineWarps, stop = min(parts, (warp + 1) * quarter);
-  for (int at = warp * quarter; at < stop; at += kCombineBatch) {
-    float weight[kCombineBatch], values[kCombineBatch][kPerLane];
-#pragma unroll
-    for (int i = 0; i < kCombineBatch; ++i) {
-      weight[i] = 0.0f;
-#pragma unroll
-      for (int d = 0; d < kPerLane; ++d) values[i][d] = 0.0f;
-      if (at + i < stop) {
-        const std::int64_t slot = slot_of(at + i);
-        weight[i] = part_lse[slot * row_tile];
-#pragma unroll
-        for (int d = 0; d < kPerLane; ++d) values[i][d] = part_out[slot * row_tile * D + d];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kCombineBatch; ++i) {
-      const float share = at + i < stop ? exp2_fast(weight[i] - top) : 0.0f;
-      weights += share;
-#pragma unroll
-      for (int d = 0; d < kPerLane; ++d) result[d] = fmaf(values[i][d], share, result[d]);
-    }
-  }
-  __shared__ float gathered[kCombineWarps][D + 1];
-#pragma unroll
-  for (int d = 0; d < kPerLane; ++d) gathered[warp][lane * kPerLane + d] = result[d];
-  if (lane == 0) gathered[warp][D] = weights;
-  __syncthreads();
-  const float all = (gathered[0][D] + gathered[1][D]) + (gathered[2][D] + gathered[3][D]);
-  const bool seen = top > kLowest;
-  T* out = static_cast<T*>(p.out) + request * p.out_strides.batch +
-           static_cast<std::int64_t>(node) * p.out_strides.token +
-           static_cast<std::int64_t>(q_head) * p.out_strides.head;
-  const int d = threadIdx.x;
-  if (d < D) {
-    const float sum = (gathered[0][d] + gathered[1][d]) + (gathered[2][d] + gathered[3][d]);
-    out[d] = static_cast<T>(seen ? sum / all : 0.0f);
-  }
-  if (p.lse != nullptr && d == 0)
-    p.lse[row] = seen ? (top + log2f(all)) * 0.6931471805599453f : __int_as_float(0xff800000);
 #endif
 }
 

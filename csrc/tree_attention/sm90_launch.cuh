@@ -1,10 +1,10 @@
 // Launches one dtype and head dim; each is instantiated in a file of its own, so that they compile side by side.
 #pragma once
 
-#include <algorithm>
 #include <iterator>
 
 #include "common/check.h"
+#include "tree_attention/combine.cuh"
 #include "tree_attention/sm90.cuh"
 
 namespace specvlm {
@@ -50,19 +50,7 @@ void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentio
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
   kernel<<<plan.ctas, kAttentionThreads, shared, stream>>>(p, k_map, v_map, plan.row_tiles);
   check_cuda(cudaGetLastError(), "tree_attention launch");
-
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.batch) * p.nodes * p.q_heads);
-  config.blockDim = dim3(32 * kCombineWarps);
-  config.stream = stream;
-  cudaLaunchAttribute overlap;  // starts while the attention kernel drains, and waits for it
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  check_cuda(
-      cudaLaunchKernelEx(&config, tree_attention_combine_kernel<T, D>, p, plan.row_tile, plan.row_tiles, plan.ctas),
-      "tree_attention combine launch");
+  launch_tree_attention_combine<T, D>(p, plan, true, stream);
 }
 
 template <typename T, int D, int INDEX = 0>

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, extension, misaligned, multiprocessors, not_for_triton, register
+from ..backend import Tier, architecture, extension, misaligned, multiprocessors, not_for_triton, register
 from ..reference.tree_attention import tree_attention as reference
 
 OP = register("tree_attention")
@@ -186,7 +186,7 @@ def _cuda_missing(
         return f"D must be 64 or 128, got {q.shape[-1]}"
     if page_table is not None:
         return "paged caches have no CUDA kernel yet"
-    if torch.cuda.get_device_capability(q.device) != (9, 0) or "90a" not in extension()[0].architectures():
+    if architecture(q.device.index) < 90:
         return "the kernel is for sm_90a"
     return misaligned("q", q) or misaligned("k", k) or misaligned("v", v)
 
@@ -204,8 +204,11 @@ def _cuda(
     lse: Tensor | None,
 ) -> None:
     b, n, q_heads, d = q.shape
-    capacity, kv_heads = k.shape[1], k.shape[2]
-    plan = _plan(b, n, q_heads, kv_heads, d, capacity, multiprocessors(q.device.index))
+    pages, page_size, kv_heads = (0, 0, k.shape[2]) if page_table is None else k.shape[:3]
+    max_pages = 0 if page_table is None else page_table.shape[1]
+    capacity = k.shape[1] if page_table is None else max_pages * page_size
+    index = q.device.index
+    plan = _plan(b, n, q_heads, kv_heads, d, capacity, page_size, architecture(index), multiprocessors(index))
     workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
         extension()[0].tree_attention(
@@ -216,6 +219,7 @@ def _cuda(
             kv_lens.data_ptr(),
             tree_mask.data_ptr() if tree_mask is not None else 0,
             tree_lens.data_ptr() if tree_lens is not None else 0,
+            page_table.data_ptr() if page_table is not None else 0,
             out.data_ptr(),
             lse.data_ptr() if lse is not None else 0,
             workspace.data_ptr(),
@@ -225,6 +229,7 @@ def _cuda(
             out.stride()[:3],
             tree_mask.stride(0) if tree_mask is not None else 0,
             tree_mask.stride(1) if tree_mask is not None else 0,
+            page_table.stride(0) if page_table is not None else 0,
             tree_mask.shape[2] if tree_mask is not None else 0,
             b,
             n,
@@ -232,6 +237,9 @@ def _cuda(
             kv_heads,
             d,
             capacity,
+            page_size,
+            pages,
+            max_pages,
             softmax_scale,
             q.dtype == torch.bfloat16,
             torch.cuda.current_stream(q.device).cuda_stream,

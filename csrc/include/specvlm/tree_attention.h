@@ -15,36 +15,45 @@ struct TreeAttentionStrides {  // in elements; the last dim is contiguous
 };
 
 struct TreeAttentionParams {
-  const void* q;                  // [B,N,Hq,D]
-  const void* k;                  // [B,S,Hkv,D]
-  const void* v;                  // [B,S,Hkv,D]
-  const std::int32_t* kv_lens;    // [B], context tokens; clamped to 0..S
-  const std::int64_t* tree_mask;  // [B,N,W] bit words, or nullptr for a causal chain
-  const std::int32_t* tree_lens;  // [B], clamped to 0..N, or nullptr for N
-  void* out;                      // [B,N,Hq,D]
-  float* lse;                     // [B,N,Hq] contiguous, natural log, or nullptr
-  float* workspace;               // tree_attention_workspace() floats
-  TreeAttentionStrides q_strides, k_strides, v_strides, out_strides;
-  std::int64_t mask_batch_stride;  // elements; 0 for one mask for all
+  const void* q;                   // [B,N,Hq,D]
+  const void* k;                   // [B,S,Hkv,D], or pages [P,page_size,Hkv,D]
+  const void* v;                   // as k
+  const std::int32_t* kv_lens;     // [B], context tokens; clamped to 0..S
+  const std::int64_t* tree_mask;   // [B,N,W] bit words, or nullptr for a causal chain
+  const std::int32_t* tree_lens;   // [B], clamped to 0..N, or nullptr for N
+  const std::int32_t* page_table;  // [B,max_pages], entries clamped to 0..P-1, or nullptr for a contiguous cache
+  void* out;                       // [B,N,Hq,D]
+  float* lse;                      // [B,N,Hq] contiguous, natural log, or nullptr
+  float* workspace;                // plan.workspace_floats floats
+  TreeAttentionStrides q_strides, k_strides, v_strides, out_strides;  // of pages: batch is from page to page
+  std::int64_t mask_batch_stride;                                     // elements; 0 for one mask for all
   std::int64_t mask_node_stride;
+  std::int64_t page_table_stride;                           // elements between rows of page_table
   int mask_words;                                           // W
-  int batch, nodes, q_heads, kv_heads, head_dim, capacity;  // head_dim 64 or 128; capacity is S
+  int batch, nodes, q_heads, kv_heads, head_dim, capacity;  // head_dim 64 or 128; capacity is S or max_pages*page_size
+  int page_size, pages, max_pages;                          // page_size a power of two; pages is P; 0 if contiguous
   float scale;                                              // softmax scale
   HalfType dtype;
 };
 
-// How the work is cut: every CTA reads each K/V tile once for `row_tile` packed rows (node, head of the group).
+enum class TreeAttentionKernel { kSm80, kSm90 };
+
+// Which kernel runs and how the work is cut: every CTA reads each K/V tile once for `row_tile` packed rows (node, head
+// of the group).
 struct TreeAttentionPlan {
-  int row_tile;   // packed rows per CTA, 2 * columns of one warpgroup
+  TreeAttentionKernel kernel;
+  int row_tile;   // packed rows per CTA
   int row_tiles;  // per KV head
   int ctas;
   std::size_t workspace_floats;
 };
 
+// architecture: 90 where sm_90a code was built and the device is of compute capability 9.0, otherwise 80.
+// page_size: 0 for a contiguous cache.
 TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim, int capacity,
-                                      int multiprocessors);
+                                      int page_size, int architecture, int multiprocessors);
 
-// sm_90 only. Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
+// Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan, cudaStream_t stream);
 
 }  // namespace specvlm
