@@ -46,6 +46,7 @@ void bind_tree_attention(py::module_& m) {
       .def_readonly("kernel", &specvlm::TreeAttentionPlan::kernel)
       .def_readonly("row_tile", &specvlm::TreeAttentionPlan::row_tile)
       .def_readonly("row_tiles", &specvlm::TreeAttentionPlan::row_tiles)
+      .def_readonly("columns", &specvlm::TreeAttentionPlan::columns)
       .def_readonly("ctas", &specvlm::TreeAttentionPlan::ctas)
       .def_readonly("workspace_floats", &specvlm::TreeAttentionPlan::workspace_floats);
   m.def("tree_attention_plan", &specvlm::tree_attention_plan, py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),

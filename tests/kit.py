@@ -27,7 +27,7 @@ TO_COME: dict[str, set[str]] = {
 KNOWN_LIMITS = (
     "the kernel takes bf16 and fp16, got torch.float32",
     "D must be 64 or 128",
-    "paged caches have no CUDA kernel yet",
+    "tokens have no CUDA kernel yet",
 )
 
 

@@ -18,15 +18,24 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
 
 // Descriptor of a tile in 128-byte swizzled layout: rows of 128 bytes in groups of 8 (1024 bytes, aligned to that).
 // K-major operands: a row is 64 consecutive k. MN-major: a row is 64 consecutive m or n, the 8 rows are k.
-__device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t address) {
-  constexpr std::uint64_t kGroupStride = 1024 >> 4;  // "stride" offset: from one group of 8 rows to the next
-  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
-  return kSwizzle128 | (kGroupStride << 32) | (std::uint64_t{1} << 16) | ((address & 0x3FFFF) >> 4);
+// The low half, to which offsets of 16 bytes may be added, holds the address; the high half never changes.
+__device__ __forceinline__ std::uint32_t swizzled_operand(std::uint32_t address) {
+  return (1u << 16) | ((address & 0x3FFFF) >> 4);
+}
+
+__device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t operand) {
+  constexpr std::uint32_t kGroupStride = 1024 >> 4;  // "stride" offset: from one group of 8 rows to the next
+  constexpr std::uint32_t kSwizzle128 = 1u << 30;
+  return std::uint64_t{kSwizzle128 | kGroupStride} << 32 | operand;
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory"); }
+// Waits until at most `PENDING` of the committed groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+}
 
 // Keeps the compiler from moving uses of accumulators across wgmma_wait.
 template <int COUNT>
@@ -71,6 +80,11 @@ __device__ __forceinline__ void wait_for_phase(std::uint64_t* barrier, std::uint
   }
 }
 
+// Whether a phase is over; does not wait.
+__device__ __forceinline__ bool phase_done(std::uint64_t* barrier, std::uint32_t parity) {
+  return ptx::mbarrier_test_wait_parity(barrier, parity);
+}
+
 // Writes four 8x8 matrices of 16-bit elements, each transposed; lane i gives the address of row i%8 of matrix i/8.
 __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1,
                                                           std::uint32_t m2, std::uint32_t m3) {
@@ -82,6 +96,10 @@ __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
 __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(address), "r"(m0), "r"(m1)
                : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
 // One box of a 4-dimensional tensor into shared memory; completes on the barrier. evict_first: read once.

@@ -27,4 +27,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// 2^x for x up to 127 without the exponential unit, which takes a warp 8 cycles: 2^round(x) by the exponent bits, the
+// rest by a polynomial (minimax on [-0.5, 0.5] with value 1 at 0: relative error 3e-6). Exactly 0 from -127 down.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its ulp is 1, so that adding it rounds to an integer
+  float clamped;
+  asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(clamped) : "f"(x));  // -127
+  const float shifted = clamped + kRound, rest = clamped - (shifted - kRound);
+  float value = fmaf(0.00958286f, rest, 0.05590643f);
+  value = fmaf(value, rest, 0.24024099f);
+  value = fmaf(value, rest, 0.69312419f);
+  value = fmaf(value, rest, 1.0f);
+  return __int_as_float(__float_as_int(value) + (__float_as_int(shifted) << 23));
+}
+
 }  // namespace specvlm

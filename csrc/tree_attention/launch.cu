@@ -17,8 +17,9 @@ extern template void tree_attention_sm90<__half, 128>(const TreeAttentionParams&
 namespace {
 
 // The one place where a kernel is chosen.
-TreeAttentionKernel kernel_for(int page_size, int architecture) {
-  return architecture >= 90 && page_size == 0 ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
+TreeAttentionKernel kernel_for(int group, int page_size, int architecture) {
+  const bool tma = page_size == 0 || page_size >= 8;  // 8: a swizzled box has at least 8 rows
+  return architecture >= 90 && tma && group <= kMostColumns ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
 }
 
 }  // namespace
@@ -26,20 +27,23 @@ TreeAttentionKernel kernel_for(int page_size, int architecture) {
 TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim, int capacity,
                                       int page_size, int architecture, int multiprocessors) {
   TreeAttentionPlan plan{};
-  plan.kernel = kernel_for(page_size, architecture);
-  check_argument(plan.kernel == TreeAttentionKernel::kSm90, "page_size: paged caches have no CUDA kernel yet");
-  const int rows = nodes * (q_heads / kv_heads), most = 2 * kColumns[std::size(kColumns) - 1];
-  plan.row_tiles = (rows + most - 1) / most;
-  const int wanted = (rows + plan.row_tiles - 1) / plan.row_tiles;
+  const int group = q_heads / kv_heads;
+  plan.kernel = kernel_for(group, page_size, architecture);
+  check_argument(plan.kernel == TreeAttentionKernel::kSm90, "page_size: no CUDA kernel yet for pages of ", page_size);
+  const int most = std::min(nodes, kMostColumns / group);  // whole nodes, so that one TMA box is a row tile
+  plan.row_tiles = (nodes + most - 1) / most;
+  plan.row_tile = (nodes + plan.row_tiles - 1) / plan.row_tiles * group;
   for (const int columns : kColumns) {
-    plan.row_tile = 2 * columns;
-    if (plan.row_tile >= wanted) break;
+    plan.columns = 2 * columns;
+    if (plan.columns >= plan.row_tile) break;
   }
-  const std::int64_t tiles =
-      static_cast<std::int64_t>(batch) * kv_heads * plan.row_tiles * ((capacity + kTile - 1) / kTile);
-  check_argument(tiles < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
-  plan.ctas = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(multiprocessors, tiles)));
-  plan.workspace_floats = static_cast<std::size_t>(2) * plan.ctas * plan.row_tile * (head_dim + 1);
+  const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * plan.row_tiles;
+  const std::int64_t units = items * ((capacity + kTile - 1) / kTile + kSegmentCost);
+  check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
+  plan.ctas = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({multiprocessors, kMaxParts, units})));
+  plan.workspace_floats =
+      (head_dim == 64 ? Part<64>::floats(plan.ctas, plan.columns) : Part<128>::floats(plan.ctas, plan.columns)) +
+      4 * items;
   return plan;
 }
 

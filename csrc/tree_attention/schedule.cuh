@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-#include "specvlm/tree_attention.h"
+#include "tree_attention/visible.cuh"
 
 namespace specvlm {
-
-constexpr int kTile = 64;  // cache positions per tile; wgmma's M
 
 // The line of tiles and who owns which part of it.
 struct TileLine {
@@ -77,26 +75,6 @@ __device__ __forceinline__ Segment segment_at(const TileLine& line, const int* p
   s.begin = rest;
   s.end = min(s.item_tiles, rest + limit - tile);
   return s;
-}
-
-// Which of a row's 64 positions from `base` on are seen: bits of the context, then of the tree.
-__device__ __forceinline__ std::uint64_t visible_bits(const TreeAttentionParams& p, int request, int node, int context,
-                                                      int live, int base) {
-  if (node >= live) return 0;
-  const int skip = base - context;  // tree node at bit 0; negative: so many context positions come first
-  auto low_ones = [](int count) { return count >= 64 ? ~0ull : count <= 0 ? 0ull : (1ull << count) - 1; };
-  std::uint64_t tree;
-  if (p.tree_mask == nullptr) {
-    tree = low_ones(node + 1 - max(skip, 0));
-  } else {
-    const std::int64_t* row = p.tree_mask + request * p.mask_batch_stride + node * p.mask_node_stride;
-    const int word = max(skip, 0) / 64, shift = max(skip, 0) % 64;
-    tree = word < p.mask_words ? static_cast<std::uint64_t>(row[word]) >> shift : 0;
-    if (shift != 0 && word + 1 < p.mask_words) tree |= static_cast<std::uint64_t>(row[word + 1]) << (64 - shift);
-  }
-  tree &= low_ones(live - max(skip, 0));
-  const std::uint64_t seen = skip <= -64 ? ~0ull : skip < 0 ? (tree << -skip) | low_ones(-skip) : tree;
-  return seen & low_ones(p.capacity - base);
 }
 
 }  // namespace specvlm

@@ -1,9 +1,9 @@
 // Tree attention for Hopper with swapped operands: S^T = K Q^T, O^T += V^T P^T.
 //
 // The cache fills the 64-row side of wgmma, the packed query rows (node, head of the group) its free side in steps of
-// 8, so 208 rows cost 208 and K/V are read once for all of them. A CTA is a producer warp (TMA, a ring of K/V tiles)
-// and two warpgroups, each with half of the rows and its own softmax state: one multiplies while the other takes
-// exponentials. The tiles of all requests and heads form one line that is cut evenly among the CTAs; a head that
+// 8, so 208 rows cost 208 and K/V are read once for all of them. A CTA is a producer warp (TMA: the rows' Q, a ring of
+// K/V tiles) and two warpgroups, each with half of the rows and its own softmax state: one multiplies while the other
+// takes exponentials. The tiles of all requests and heads form one line that is cut evenly among the CTAs; an item that
 // ends up in several of them is put together by the combine kernel, in a fixed order.
 #pragma once
 
@@ -11,352 +11,500 @@
 
 #include "common/hopper.cuh"
 #include "common/numeric.cuh"
-#include "tree_attention/schedule.cuh"
+#include "tree_attention/parts.cuh"
 
 namespace specvlm {
 
 constexpr int kWarpgroup = 128;
 constexpr int kAttentionThreads = 3 * kWarpgroup;
-constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
+#ifndef SPECVLM_POLY
+#define SPECVLM_POLY 4
+#endif
+constexpr int kPolynomial = SPECVLM_POLY;  // one exponential in so many is a polynomial
+constexpr float kLag = 8.0f;               // how far (log2) a score may exceed the running reference before rescaling
 
 template <int D, int COLS>
 struct AttentionLayout {
-  static constexpr int kRows = 2 * COLS;  // packed rows of the CTA
+  static constexpr int kRows = 2 * COLS;  // columns of the CTA: its packed rows and what pads them
   static constexpr int kHalves = D / 64;  // 128-byte wide parts of a row
   static constexpr int kTileBytes = kHalves * kTile * 128;
-  static constexpr int kStages = D == 128 ? 4 : 6;
+  static constexpr int kStagesK = D == 128 ? 4 : 6, kStagesV = D == 128 ? (COLS > 80 ? 3 : 4) : 6;
+  static constexpr int kPBytes = COLS * 128;  // P of a warpgroup; two of them, so that one is read while one is written
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kHalves * kRows * 128;
-  static constexpr int kV = kK + kStages * kTileBytes;
-  static constexpr int kP = kV + kStages * kTileBytes;
-  static constexpr int kMask = kP + 2 * COLS * 128;
-  static constexpr int kReduce = kMask + kRows * 8;
-  static constexpr int kBarriers = kReduce + 2 * 4 * COLS * 4;
-  static constexpr int kPrefix = kBarriers + 3 * kStages * 8;
-  static constexpr int bytes(int batch) { return kPrefix + (batch + 1) * 4 + 1024; }  // 1024: to align the base
+  static constexpr int kV = kK + kStagesK * kTileBytes;
+  static constexpr int kP = kV + kStagesV * kTileBytes;
+  static constexpr int kMask = kP + 4 * kPBytes;
+  static constexpr int kUnion = kMask + kRows * 8;  // of the masks: one word per warp
+  static constexpr int kColumn = kUnion + 8 * 8;    // two floats per column
+  static constexpr int kReference = kColumn + kRows * 8;
+  static constexpr int kRuns = kReference + kRows * 4;
+  static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
+  static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
+  // two copies of the units before each request, the producer's state; 1024: to align the base
+  static constexpr int bytes(int batch) { return kPrefix + (2 * (batch + 1) + 2) * 4 + 1024; }
 };
 
-// The largest of each column among a warp's 16 positions, into reduce[warp][column].
+// The tiles of a cache as boxes that TMA can fetch: whole, or page by page, one lane a page.
+struct TileSource {
+  const TreeAttentionParams& p;
+  int page_shift, box_shift;  // log2 of the positions in a page and in a box
+
+  __device__ bool has(int lane) const { return lane < kTile >> box_shift; }
+  // The request or page, and the first position in it, of a lane's box.
+  __device__ int2 place(int lane, int request, int tile) const {
+    const int position = tile * kTile + (lane << box_shift);
+    if (p.page_table == nullptr) return make_int2(request, position);
+    const int index = position >> page_shift;
+    if (!has(lane) || index >= p.max_pages) return make_int2(p.pages, 0);  // outside of the map: zeros
+    const int page = p.page_table[request * p.page_table_stride + index];
+    return make_int2(min(max(page, 0), p.pages - 1), position & (p.page_size - 1));
+  }
+  template <int HALVES>
+  __device__ void load(char* stage, const CUtensorMap* map, int lane, int head, int2 place, std::uint64_t* full) const {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+      load_box(stage + half * kTile * 128 + (lane << box_shift) * 128, map, half * 64, head, place.y, place.x, full);
+  }
+};
+
+// Which of a warp's 16 positions each column sees, turned round: bit c%32 of word c/32 is column c, for positions
+// lane/4 and 8 further, shifted so that this lane's first column is bit 0.
 template <int COLS>
-__device__ __forceinline__ void column_max(const float (&x)[COLS / 2], float* reduce) {
+__device__ __forceinline__ void seen_columns(const std::uint64_t* masks, std::uint32_t (&low)[(COLS + 31) / 32],
+                                             std::uint32_t (&high)[(COLS + 31) / 32]) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int c = 0; c < COLS / 4; ++c) {
-    float best = fmaxf(x[c / 2 * 4 + c % 2], x[c / 2 * 4 + 2 + c % 2]);
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 4));
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 8));
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 16));
-    if (lane < 4) reduce[warp * COLS + c / 2 * 8 + lane * 2 + c % 2] = best;
+  for (int word = 0; word < (COLS + 31) / 32; ++word) {
+    const int column = word * 32 + lane;
+    const auto bits = static_cast<std::uint32_t>((column < COLS ? masks[column] : 0) >> (warp * 16));
+    std::uint32_t mine = 0;
+#pragma unroll 1
+    for (int position = 0; position < 16; ++position) {
+      const std::uint32_t seen = __ballot_sync(~0u, bits >> position & 1);
+      if (lane == position) mine = seen;
+    }
+    low[word] = __shfl_sync(~0u, mine, lane / 4) >> (lane % 4 * 2);
+    high[word] = __shfl_sync(~0u, mine, lane / 4 + 8) >> (lane % 4 * 2);
   }
 }
 
-// Read anew where it is needed: kept in registers through the main loop it would cost a spill.
-__device__ __forceinline__ int this_cta() {
-  int cta;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
-  return cta;
+// Read anew where it is needed: kept in a register, or what follows from it, it would cost a spill.
+__device__ __forceinline__ int thread_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 template <typename T, int D, int COLS>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
-    tree_attention_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ CUtensorMap k_map,
-                          const __grid_constant__ CUtensorMap v_map, int row_tiles) {
+    tree_attention_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                          const RowTiles rows_of, int page_shift) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma and setmaxnreg are there on sm_90a alone
   using L = AttentionLayout<D, COLS>;
   extern __shared__ char raw_shared[];
   char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
   auto* full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
-  auto* full_v = full_k + L::kStages;
-  auto* empty = full_v + L::kStages;
-  int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
-  const TileLine line{p, L::kRows, row_tiles};
+  auto *empty_k = full_k + L::kStagesK, *full_v = empty_k + L::kStagesK, *empty_v = full_v + L::kStagesV;
+  auto *full_q = empty_v + L::kStagesV, *empty_q = full_q + 1;
+  auto* runs = reinterpret_cast<volatile ItemRun*>(shared + L::kRuns);  // one, the next, and one whose end is not out
 
-  if (threadIdx.x < 32) {  // tiles before each request: a scan over the batch
-    int before = 0;
-    for (int first = 0; first < p.batch; first += 32) {
-      const int request = first + threadIdx.x;
-      int sum = request < p.batch ? p.kv_heads * line.tiles_per_head(request) : 0;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (static_cast<int>(threadIdx.x) >= step) sum += other;
-      }
-      if (request < p.batch) prefix[request + 1] = before + sum;
-      before += __shfl_sync(~0u, sum, 31);
-    }
-    if (threadIdx.x == 0) prefix[0] = 0;
-  }
-  if (threadIdx.x == kWarpgroup * 2) {
-    for (int s = 0; s < L::kStages; ++s) {
-      ptx::mbarrier_init(full_k + s, 1);
-      ptx::mbarrier_init(full_v + s, 1);
-      ptx::mbarrier_init(empty + s, 8);  // every consumer warp says that it is done with the stage
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-  }
-  __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;\n");
-
-  const int cta = blockIdx.x, total = prefix[p.batch], ctas = working_ctas(gridDim.x, total);
-  if (cta >= ctas) return;
-  const int first = first_tile_of(cta, ctas, total), limit = first_tile_of(cta + 1, ctas, total);
-
+  constexpr int kReady = 5;  // named barrier: the mbarriers are initialized
   if (threadIdx.x >= 2 * kWarpgroup) {
+    give_registers<24>();  // 384 threads start with 168 each: 240 for two warpgroups leave 24
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x >= 2 * kWarpgroup + 64) return;
+    const ItemLine line(p, rows_of);
+    int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
+    if (threadIdx.x >= 2 * kWarpgroup + 32) {
+      asm volatile("griddepcontrol.wait;\n" ::: "memory");
+      // ---- scribe: tells the combine kernel what becomes of every item
+      prefix += p.batch + 1;
+      const int total = line.scan(prefix);
+      write_items<D>(p, line, prefix, total, L::kRows);
+      return;
+    }
     // ---- producer
-    give_registers<24>();
-    if (threadIdx.x != 2 * kWarpgroup) return;
-    int stage = 0;
-    std::uint32_t phase = 1;  // the ring starts empty
-    for (int tile = first; tile < limit;) {
-      const Segment s = segment_at(line, prefix, tile, limit);
-      for (int t = s.begin; t < s.end; ++t) {
-        wait_for_phase(empty + stage, phase);
-        char* k_stage = shared + L::kK + stage * L::kTileBytes;
-        char* v_stage = shared + L::kV + stage * L::kTileBytes;
-        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_k + stage,
-                                       L::kTileBytes);
-        for (int h = 0; h < L::kHalves; ++h)
-          load_box(k_stage + h * kTile * 128, &k_map, h * 64, s.head, t * kTile, s.request, full_k + stage);
-        ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_v + stage,
-                                       L::kTileBytes);
-        for (int h = 0; h < L::kHalves; ++h)
-          load_box(v_stage + h * kTile * 128, &v_map, h * 64, s.head, t * kTile, s.request, full_v + stage);
-        if (++stage == L::kStages) stage = 0, phase ^= 1;
+    if (lane < 3) prefetch_map(lane == 0 ? &q_map : lane == 1 ? &k_map : &v_map);
+    constexpr int kBarriers = 2 * L::kStagesK + 2 * L::kStagesV + 2;
+    static_assert(kBarriers <= 32, "");
+    if (lane < kBarriers) {
+      std::uint64_t* mine = full_k + lane;
+      const bool full = mine < empty_k || (mine >= full_v && mine < empty_v) || mine == full_q;
+      ptx::mbarrier_init(mine, full ? 1 : 8);  // every consumer warp says that it is done with a stage
+      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    }
+    __syncwarp();
+    named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
+    const int total = line.scan(prefix);
+    const Cut cut(gridDim.x, total);
+    volatile int *limit = prefix + 2 * (p.batch + 1), *slot = limit + 1;  // in registers they would cost spills
+    if (lane == 0) *limit = cut.start(blockIdx.x + 1), *slot = 0;
+    int unit = cut.start(blockIdx.x);
+    const TileSource source{p, page_shift, min(page_shift, kTileShift)};
+    __syncwarp();
+    int k_stage = 0, v_stage = 0;
+    std::uint32_t k_phase = 1, v_phase = 1, q_phase = 1;  // the rings start empty, and so does Q
+    while (unit < *limit) {
+      volatile ItemRun* run = runs + *slot;
+      {
+        const ItemRun s = line.run(prefix, unit, *limit);
+        unit += s.units;
+        if (s.begin == s.end) continue;
+        if (lane == 0) {
+          run->request = s.request, run->head = s.head, run->row_tile = s.row_tile;
+          run->begin = s.begin, run->end = s.end, run->item_tiles = s.item_tiles;
+          run->context = s.context, run->live = s.live;
+        }
+        __syncwarp();
       }
-      tile += s.end - s.begin;
+      int t = run->begin;
+#pragma unroll 1
+      for (bool first = true; t < run->end; ++t, first = false) {
+        const int2 place = source.place(thread_again() % 32, run->request, t);
+        auto load = [&](int ring, int at, const CUtensorMap* map, std::uint64_t* full) {
+          if (lane == 0)
+            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at,
+                                           L::kTileBytes);
+          __syncwarp();
+          if (source.has(lane))
+            source.load<L::kHalves>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
+                                    full + at);
+        };
+        wait_for_phase(empty_k + k_stage, k_phase);
+        load(L::kK, k_stage, &k_map, full_k);
+        if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
+        wait_for_phase(empty_v + v_stage, v_phase);
+        load(L::kV, v_stage, &v_map, full_v);
+        if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+        if (!first) continue;
+        // Q behind the first tile: its place is free only when the keys of the item before are done
+        wait_for_phase(empty_q, q_phase);
+        q_phase ^= 1;
+        if (lane == 0) {
+          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_q,
+                                         L::kHalves * rows_of.rows * 128);
+#pragma unroll
+          for (int h = 0; h < L::kHalves; ++h)
+            load_box(shared + L::kQ + h * L::kRows * 128, &q_map, h * 64, run->head * rows_of.group,
+                     run->row_tile * rows_of.nodes, run->request, full_q);
+        }
+        __syncwarp();
+      }
+      if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
+      __syncwarp();
+    }
+    wait_for_phase(empty_q, q_phase);
+    if (lane == 0) {
+      runs[*slot].end = runs[*slot].begin = 0;  // no more
+      ptx::mbarrier_arrive(full_q);
     }
     return;
   }
 
   // ---- consumers
   take_registers<240>();
+  {  // Q's columns without a row: TMA never writes them
+    constexpr int kChunks = L::kHalves * 8;
+#pragma unroll 1
+    for (int i = rows_of.rows * kChunks + threadIdx.x; i < L::kRows * kChunks; i += 2 * kWarpgroup)
+      *reinterpret_cast<uint4*>(shared + L::kQ + (i % kChunks / 8 * L::kRows + i / kChunks) * 128 + i % 8 * 16) =
+          make_uint4(0, 0, 0, 0);
+    ptx::fence_proxy_async(ptx::space_shared);
+  }
+  named_barrier(kReady, 2 * kWarpgroup + 32);
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n");
   // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
   const int group_of_warps = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
   const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
-  const int group = p.q_heads / p.kv_heads;
   const float scale = p.scale * 1.4426950408889634f;  // scores in log2
-  char* q_shared = shared + L::kQ + group_of_warps * COLS * 128;
-  char* p_shared = shared + L::kP + group_of_warps * COLS * 128;
+  char* p_shared = shared + L::kP + group_of_warps * 2 * L::kPBytes;
   auto* mask_shared = reinterpret_cast<std::uint64_t*>(shared + L::kMask) + group_of_warps * COLS;
-  auto* reduce = reinterpret_cast<float*>(shared + L::kReduce) + group_of_warps * 4 * COLS;
-  const std::uint32_t q_address = shared_address(q_shared), p_address = shared_address(p_shared);
-  const std::uint32_t k_address = shared_address(shared + L::kK), v_address = shared_address(shared + L::kV);
+  auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 4;
+  auto* column_shared = reinterpret_cast<float2*>(shared + L::kColumn) + group_of_warps * COLS;
+  auto* column_reference = reinterpret_cast<float*>(shared + L::kReference) + group_of_warps * COLS;
+  const std::uint32_t q_operand = swizzled_operand(shared_address(shared + L::kQ) + group_of_warps * COLS * 128);
+  const std::uint32_t k_operand = swizzled_operand(shared_address(shared + L::kK));
+  const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV));
+  const std::uint32_t p_operand = swizzled_operand(shared_address(p_shared));
   // where this lane's row of a transposed 8x8 matrix goes: rows are columns of the CTA, 16-byte chunks are positions
   const int matrix = lane / 8, matrix_row = lane % 8;
   const std::uint32_t p_lane =
-      p_address + (matrix / 2 * 8 + matrix_row) * 128 + (((2 * warp + matrix % 2) ^ matrix_row) * 16);
+      shared_address(p_shared) + (matrix / 2 * 8 + matrix_row) * 128 + (((2 * warp + matrix % 2) ^ matrix_row) * 16);
+  // [COLS x 64] values to 16 bits and into P's place, transposed: positions (or dims) along a row
+  auto store_transposed = [&](std::uint32_t p_lane, auto value) {
+#pragma unroll
+    for (int i = 0; i + 1 < COLS / 8; i += 2)
+      store_matrices_transposed(
+          p_lane + i * 1024, pack<T>(value(4 * i), value(4 * i + 1)), pack<T>(value(4 * i + 2), value(4 * i + 3)),
+          pack<T>(value(4 * i + 4), value(4 * i + 5)), pack<T>(value(4 * i + 6), value(4 * i + 7)));
+    if constexpr (COLS / 8 % 2 == 1) {
+      constexpr int i = COLS / 8 - 1;
+      store_matrices_transposed(p_lane + i * 1024, pack<T>(value(4 * i), value(4 * i + 1)),
+                                pack<T>(value(4 * i + 2), value(4 * i + 3)));
+    }
+  };
+  // kShare threads look after a column between them, the first of which owns it.
+  constexpr int kShare = COLS <= 16 ? 8 : COLS <= 32 ? 4 : COLS <= 64 ? 2 : 1;
+  // They get what the 32 threads that hold values of the column have for it, combined in a fixed order.
+  // scratch: [32][COLS], a P that is not in use.
+  auto over_positions = [&](int thread, float* scratch, auto value, auto combine) {
+    const int warp = thread / 32, lane = thread % 32;
+    float* mine = scratch + (warp * 8 + lane / 4) * COLS + lane % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < COLS / 4; ++c) mine[c / 2 * 8 + c % 2] = value(c);
+    named_barrier(barrier, kWarpgroup);
+    float all = 0.0f;
+    if (thread / kShare < COLS) {
+      const float* part = scratch + thread % kShare * (32 / kShare) * COLS + thread / kShare;
+      all = part[0];
+#pragma unroll 4
+      for (int i = 1; i < 32 / kShare; ++i) all = combine(all, part[i * COLS]);
+    }
+#pragma unroll
+    for (int step = 1; step < kShare; step *= 2) all = combine(all, __shfl_xor_sync(~0u, all, step));
+    return all;
+  };
 
   // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
   const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
   if (group_of_warps == 1) named_barrier_arrive(other_turn, 2 * kWarpgroup);
 
-  int stage = 0;
-  std::uint32_t phase = 0;
-  for (int tile = first; tile < limit;) {
-    Segment s = segment_at(line, prefix, tile, limit);
-    for (int* field : {&s.request, &s.head, &s.row_tile, &s.begin, &s.end, &s.item_tiles})
-      *field = __shfl_sync(~0u, *field, 0);
-    const int end = __shfl_sync(~0u, line.end(s.request, s.row_tile), 0);
-    const int unmasked = __shfl_sync(~0u, line.unmasked(s.request, s.row_tile), 0);
-    const int first_row = s.row_tile * L::kRows + group_of_warps * COLS;  // of this warpgroup
-    const int all_rows = p.nodes * group;
-
-    for (int i = thread; i < COLS * (D / 8); i += kWarpgroup) {
-      const int n = i / (D / 8), chunk = i % (D / 8), row = first_row + n;
-      uint4 data = make_uint4(0, 0, 0, 0);
-      if (row < all_rows) {
-        const T* source = static_cast<const T*>(p.q) + s.request * p.q_strides.batch +
-                          static_cast<std::int64_t>(row / group) * p.q_strides.token +
-                          static_cast<std::int64_t>(s.head * group + row % group) * p.q_strides.head;
-        data = reinterpret_cast<const uint4*>(source)[chunk];
-      }
-      *reinterpret_cast<uint4*>(q_shared + chunk / 8 * (L::kRows * 128) + n * 128 + ((chunk % 8) ^ (n % 8)) * 16) =
-          data;
-    }
-    ptx::fence_proxy_async(ptx::space_shared);
-    named_barrier(barrier, kWarpgroup);
+  int k_stage = 0, v_stage = 0;
+  std::uint32_t k_phase = 0, v_phase = 0, q_phase = 0;
+  for (volatile ItemRun* run = runs;; run = run == runs + 2 ? runs : run + 1) {
+    wait_for_phase(full_q, q_phase);
+    q_phase ^= 1;
+    const int begin = __shfl_sync(~0u, run->begin, 0), end = __shfl_sync(~0u, run->end, 0);
+    if (begin == end) break;
+    // positions below this are seen by every live row
+    const int unmasked =
+        __shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0);
 
     float scores[COLS / 2];
-    float acc[L::kHalves][COLS / 2];
-    float reference[COLS / 4], sum[COLS / 4];  // sum < 0: this column has no reference yet
+    float acc[L::kHalves][COLS / 2];  // the first tile's product overwrites them
+    float reference[COLS / 4], sum[COLS / 4];
+    const int column = thread_again() % kWarpgroup / kShare;
+    const bool owner = column < COLS && thread_again() % kShare == 0;
+    if (owner) column_reference[column] = kNothing;  // only its owner looks at it
 #pragma unroll
-    for (int c = 0; c < COLS / 4; ++c) reference[c] = 0.0f, sum[c] = -1.0f;
+    for (int c = 0; c < COLS / 4; ++c) reference[c] = 0.0f, sum[c] = 0.0f;
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h)
 #pragma unroll
-      for (int i = 0; i < COLS / 2; ++i) acc[h][i] = 0.0f;
-
-    auto multiply_keys = [&](int at) {
-      std::uint32_t q_base = q_address, k_base = k_address + at * L::kTileBytes;
-      asm volatile("" : "+r"(q_base));  // or eight descriptors of Q would be kept in registers, and others spilled
+      for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "=f"(acc[h][i]));
 #pragma unroll
-      for (int step = 0; step < D / 16; ++step) {
-        const std::uint32_t k_part = k_base + step / 4 * (kTile * 128) + step % 4 * 32;
-        const std::uint32_t q_part = q_base + step / 4 * (L::kRows * 128) + step % 4 * 32;
-        Wgmma<T, COLS, 0, 0>::run(scores, swizzled_descriptor(k_part), swizzled_descriptor(q_part), step != 0);
-      }
+    for (int i = 0; i < COLS / 2; ++i) asm volatile("" : "=f"(scores[i]));
+
+    auto multiply_values = [&](int t) {
+      const std::uint32_t v_tile = v_operand + v_stage * (L::kTileBytes / 16);
+      const std::uint32_t p_tile = p_operand + (t & 1) * (L::kPBytes / 16);
+#pragma unroll
+      for (int step = 0; step < kTile / 16; ++step)
+#pragma unroll
+        for (int h = 0; h < L::kHalves; ++h)
+          Wgmma<T, COLS, 1, 0>::run(acc[h], swizzled_descriptor(v_tile + (h * (kTile * 128) + step * 2048) / 16),
+                                    swizzled_descriptor(p_tile + step * 2), step != 0 || t > begin);
     };
+    // A pass issues the products with a tile's keys and with the values of the tile before, of which only the first is
+    // awaited: the second runs while the pass takes the tile's exponentials. For the first tile the product with V is
+    // of leftovers, which the next overwrites; in the pass after the last tile the product with K is, and nobody reads
+    // it. Branches around them would make the compiler serialize all products, and separate code would be fetched cold.
+#pragma unroll 1
+    for (int t = begin; t < end; ++t) {
+      wait_for_phase(full_k + k_stage, k_phase);
+      named_barrier(my_turn, 2 * kWarpgroup);
+      wgmma_keep(scores);
+#pragma unroll
+      for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
+      wgmma_fence();
+      const std::uint32_t k_tile = k_operand + k_stage * (L::kTileBytes / 16);
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step)
+        Wgmma<T, COLS, 0, 0>::run(scores, swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16),
+                                  swizzled_descriptor(q_operand + (step / 4 * (L::kRows * 128) + step % 4 * 32) / 16),
+                                  step != 0);
+      wgmma_commit();
+      multiply_values(t - 1);
+      wgmma_commit();
+      named_barrier_arrive(other_turn, 2 * kWarpgroup);
+      const int v_before = v_stage;
+      if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      wgmma_wait<1>();
+      wgmma_keep(scores);
+      if (lane == 0) ptx::mbarrier_arrive(empty_k + k_stage);
+      if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
 
-    wait_for_phase(full_k + stage, phase);
-    named_barrier(my_turn, 2 * kWarpgroup);
-    wgmma_keep(scores);
-    wgmma_fence();
-    multiply_keys(stage);
-    wgmma_commit();
-    named_barrier_arrive(other_turn, 2 * kWarpgroup);
-    wgmma_wait();
-    wgmma_keep(scores);
-
-    for (int t = s.begin; t < s.end; ++t) {
-      const int base = t * kTile;
-      const bool masked = base + kTile > unmasked;
+      const int p_offset = (t & 1) * L::kPBytes;
+      const bool masked = (t + 1) * kTile > unmasked;
+      std::uint64_t seen_by_any = ~0ull;
+      bool unset = t == begin;  // a column without a reference
       if (masked) {
-        if (thread < COLS)
-          mask_shared[thread] = visible_bits(p, s.request, (first_row + thread) / group, line.context(s.request),
-                                             line.live(s.request), base);
+        const int request = run->request, first_node = run->row_tile * rows_of.nodes;
+        const int context = run->context, live = run->live;
+        std::uint64_t mine = 0;
+#pragma unroll 1
+        for (int n = thread; n < rows_of.rows; n += kWarpgroup) {
+          const std::uint64_t bits = visible_bits(p, request, first_node + n / rows_of.group, context, live, t * kTile);
+          const int mine_at = n - group_of_warps * COLS;
+          if (mine_at >= 0 && mine_at < COLS) mask_shared[mine_at] = bits;
+          mine |= bits;
+        }
+        const std::uint64_t low = __reduce_or_sync(~0u, static_cast<unsigned>(mine));
+        const std::uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(mine >> 32));
+        if (lane == 0) union_shared[warp] = high << 32 | low;
         named_barrier(barrier, kWarpgroup);
+        seen_by_any = (union_shared[0] | union_shared[1]) | (union_shared[2] | union_shared[3]);
+        unset |= owner && column_reference[column] == kNothing;
+        std::uint32_t seen_low[(COLS + 31) / 32], seen_high[(COLS + 31) / 32];
+        seen_columns<COLS>(mask_shared, seen_low, seen_high);
 #pragma unroll
         for (int c = 0; c < COLS / 4; ++c) {
-          const std::uint64_t bits = mask_shared[c / 2 * 8 + lane % 4 * 2 + c % 2] >> (warp * 16 + lane / 4);
-          if (!(bits & 1)) scores[c / 2 * 4 + c % 2] = __int_as_float(0xff800000);
-          if (!(bits >> 8 & 1)) scores[c / 2 * 4 + 2 + c % 2] = __int_as_float(0xff800000);
+          const int bit = c / 2 * 8 + c % 2;
+          if (!(seen_low[bit / 32] >> (bit % 32) & 1)) scores[c / 2 * 4 + c % 2] = __int_as_float(0xff800000);
+          if (!(seen_high[bit / 32] >> (bit % 32) & 1)) scores[c / 2 * 4 + 2 + c % 2] = __int_as_float(0xff800000);
         }
       }
-      float worst = -1.0f;
+      float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};  // four chains: one would be a chain of 52 dependent steps
 #pragma unroll
       for (int i = 0; i < COLS / 2; ++i) {
         scores[i] = fmaf(scores[i], scale, -reference[i / 4 * 2 + i % 2]);
-        worst = fmaxf(worst, scores[i]);
+        worst[i % 4] = fmaxf(worst[i % 4], scores[i]);
       }
-      // References only move when a score is far above its own, which hardly ever happens after the first tile.
-      if (named_barrier_any(barrier, kWarpgroup, worst > kLag || masked || t == s.begin)) {
-        column_max<COLS>(scores, reduce);
+      const bool above = fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) > kLag;
+      // References move at the first tile a row sees; later only when a score is far above its own.
+      const bool moved = named_barrier_any(barrier, kWarpgroup, above || unset);
+      if (moved) {
+        const float top = over_positions(
+            thread_again() % kWarpgroup, reinterpret_cast<float*>(p_shared + p_offset),
+            [&](int c) { return fmaxf(scores[c / 2 * 4 + c % 2], scores[c / 2 * 4 + 2 + c % 2]); },
+            [](float a, float b) { return fmaxf(a, b); });
+        if (owner) {
+          const float old = column_reference[column];
+          const bool nothing = top == __int_as_float(0xff800000), fresh = old == kNothing;
+          const float move = nothing ? 0.0f : fresh ? top : fmaxf(top, 0.0f);
+          column_shared[column] = make_float2(move, fresh ? 1.0f : exp2_fast(-move));
+          if (!nothing) column_reference[column] = fresh ? move : old + move;
+        }
         named_barrier(barrier, kWarpgroup);
 #pragma unroll
         for (int c = 0; c < COLS / 4; ++c) {
-          const float* column = reduce + c / 2 * 8 + lane % 4 * 2 + c % 2;
-          const float top = fmaxf(fmaxf(column[0], column[COLS]), fmaxf(column[2 * COLS], column[3 * COLS]));
-          const bool fresh = sum[c] < 0, empty_column = top == __int_as_float(0xff800000);
-          const float move = empty_column ? 0.0f : fresh ? top : fmaxf(top, 0.0f);
-          const float decay = fresh ? 1.0f : exp2_fast(-move);  // a fresh column has accumulated nothing but zeros
-          sum[c] = fresh ? (empty_column ? -1.0f : 0.0f) : sum[c] * decay;
+          const float move = column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].x;
           reference[c] += move;
           scores[c / 2 * 4 + c % 2] -= move;
           scores[c / 2 * 4 + 2 + c % 2] -= move;
+        }
+        if (t != begin) {
+#pragma unroll
+          for (int c = 0; c < COLS / 4; ++c) sum[c] *= column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].y;
+        }
+      }
+      const bool v_ready = phase_done(full_v + v_stage, v_phase);  // asked early: the answer takes 60 cycles
+#pragma unroll
+      for (int i = 0; i < COLS / 2; ++i)  // a quarter on the FMA units: the exponential unit alone would take longer
+        scores[i] = i % kPolynomial == kPolynomial - 1 ? exp2_polynomial(scores[i]) : exp2_fast(scores[i]);
+#pragma unroll
+      for (int c = 0; c < COLS / 4; ++c) sum[c] += scores[c / 2 * 4 + c % 2] + scores[c / 2 * 4 + 2 + c % 2];
+      store_transposed(p_lane + p_offset, [&](int i) { return scores[i]; });
+
+      if (!v_ready) wait_for_phase(full_v + v_stage, v_phase);
+      if (masked && ~seen_by_any != 0) {  // a position that no row sees may hold NaN, and 0 * NaN would spread
+        char* v_tile = shared + L::kV + v_stage * L::kTileBytes;
+#pragma unroll 1
+        for (int i = thread; i < L::kHalves * kTile * 8; i += kWarpgroup)
+          if (!(seen_by_any >> (i / 8 % kTile) & 1)) reinterpret_cast<uint4*>(v_tile)[i] = make_uint4(0, 0, 0, 0);
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
+      if (moved && t != begin) {  // not before: until here the accumulators are wgmma's
+#pragma unroll
+        for (int c = 0; c < COLS / 4; ++c) {
+          const float decay = column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].y;
 #pragma unroll
           for (int h = 0; h < L::kHalves; ++h) {
             acc[h][c / 2 * 4 + c % 2] *= decay;
             acc[h][c / 2 * 4 + 2 + c % 2] *= decay;
           }
         }
-        named_barrier(barrier, kWarpgroup);  // `reduce` is free again
       }
-#pragma unroll
-      for (int i = 0; i < COLS / 2; ++i) scores[i] = exp2_fast(scores[i]);
-#pragma unroll
-      for (int c = 0; c < COLS / 4; ++c) sum[c] += scores[c / 2 * 4 + c % 2] + scores[c / 2 * 4 + 2 + c % 2];
-#pragma unroll
-      for (int i = 0; i + 1 < COLS / 8; i += 2)
-        store_matrices_transposed(
-            p_lane + i * 1024, pack<T>(scores[4 * i], scores[4 * i + 1]), pack<T>(scores[4 * i + 2], scores[4 * i + 3]),
-            pack<T>(scores[4 * i + 4], scores[4 * i + 5]), pack<T>(scores[4 * i + 6], scores[4 * i + 7]));
-      if constexpr (COLS / 8 % 2 == 1) {
-        constexpr int i = COLS / 8 - 1;
-        store_matrices_transposed(p_lane + i * 1024, pack<T>(scores[4 * i], scores[4 * i + 1]),
-                                  pack<T>(scores[4 * i + 2], scores[4 * i + 3]));
-      }
-
-      wait_for_phase(full_v + stage, phase);
-      if (base + kTile > end) {  // what lies past the tree may be NaN, and 0 * NaN would spread
-        char* v_stage = shared + L::kV + stage * L::kTileBytes;
-        for (int i = thread; i < L::kHalves * kTile * 8; i += kWarpgroup)
-          if (base + i / 8 % kTile >= end) reinterpret_cast<uint4*>(v_stage)[i] = make_uint4(0, 0, 0, 0);
+      if (lane == 0) {
+        if (t > begin) ptx::mbarrier_arrive(empty_v + v_before);
+        if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
       }
       ptx::fence_proxy_async(ptx::space_shared);
       named_barrier(barrier, kWarpgroup);
-      named_barrier(my_turn, 2 * kWarpgroup);
-
-#pragma unroll
-      for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
-      wgmma_fence();
-      std::uint32_t p_base = p_address;
-      asm volatile("" : "+r"(p_base));
-#pragma unroll
-      for (int step = 0; step < kTile / 16; ++step) {
-        const std::uint64_t p_part = swizzled_descriptor(p_base + step * 32);
-#pragma unroll
-        for (int h = 0; h < L::kHalves; ++h) {
-          const std::uint32_t v_part = v_address + stage * L::kTileBytes + h * (kTile * 128) + step * 2048;
-          Wgmma<T, COLS, 1, 0>::run(acc[h], swizzled_descriptor(v_part), p_part, 1);
-        }
-      }
-      const int used = stage;
-      if (++stage == L::kStages) stage = 0, phase ^= 1;
-      if (t + 1 < s.end) {
-        wait_for_phase(full_k + stage, phase);
-        wgmma_keep(scores);
-        wgmma_fence();
-        multiply_keys(stage);
-      }
-      wgmma_commit();
-      named_barrier_arrive(other_turn, 2 * kWarpgroup);
-      wgmma_wait();
-#pragma unroll
-      for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
-      wgmma_keep(scores);
-      if (lane == 0) ptx::mbarrier_arrive(empty + used);
     }
-
-    // sums over the 8 lanes and 4 warps that share a column, in a fixed order
+    named_barrier(my_turn, 2 * kWarpgroup);
 #pragma unroll
-    for (int c = 0; c < COLS / 4; ++c) {
-      float part = fmaxf(sum[c], 0.0f);
-      part += __shfl_xor_sync(~0u, part, 4);
-      part += __shfl_xor_sync(~0u, part, 8);
-      part += __shfl_xor_sync(~0u, part, 16);
-      if (lane < 4) reduce[warp * COLS + c / 2 * 8 + lane * 2 + c % 2] = part;
-    }
-    named_barrier(barrier, kWarpgroup);
-
-    const int live = line.live(s.request);
-    const bool whole = s.begin == 0 && s.end == s.item_tiles;
-    const int slot = 2 * this_cta() + (tile == first_tile_of(this_cta(), ctas, total) ? 0 : 1);
-    float* part_out = p.workspace + static_cast<std::int64_t>(slot) * L::kRows * D;
-    float* part_lse = p.workspace + static_cast<std::int64_t>(2 * gridDim.x) * L::kRows * D + slot * L::kRows;
+    for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
+    wgmma_fence();
+    multiply_values(end - 1);
+    wgmma_commit();
+    named_barrier_arrive(other_turn, 2 * kWarpgroup);
+    wgmma_wait<0>();
 #pragma unroll
-    for (int c = 0; c < COLS / 4; ++c) {
-      const int n = c / 2 * 8 + lane % 4 * 2 + c % 2, row = first_row + n, node = row / group;
-      const float total_sum = (reduce[n] + reduce[COLS + n]) + (reduce[2 * COLS + n] + reduce[3 * COLS + n]);
-      const bool seen = node < live && total_sum > 0.0f;
-      const float inverse = seen ? 1.0f / total_sum : 0.0f;
-      const float lse = seen ? reference[c] + log2f(total_sum) : __int_as_float(0xff800000);
-      if (row >= all_rows) continue;
-      const int q_head = s.head * group + row % group, in_tile = group_of_warps * COLS + n;
-      if (warp == 0 && lane < 4) {
-        if (!whole) {
-          part_lse[in_tile] = lse;
-        } else if (p.lse != nullptr) {
-          p.lse[(static_cast<std::int64_t>(s.request) * p.nodes + node) * p.q_heads + q_head] =
-              lse * 0.6931471805599453f;
-        }
+    for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
+    if (lane == 0) ptx::mbarrier_arrive(empty_v + v_stage);
+    if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+    named_barrier(barrier, kWarpgroup);  // every warp's products are done: P's places are free
+    const int thread = thread_again() % kWarpgroup, lane = thread % 32;
+    const float column_sum = over_positions(
+        thread, reinterpret_cast<float*>(p_shared), [&](int c) { return sum[c]; },
+        [](float a, float b) { return a + b; });
+
+    if (run->begin != 0 || run->end != run->item_tiles) {  // the combine kernel does the rest
+      const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.x), begin == 0};
+      if (owner) {
+        part.references()[group_of_warps * COLS + column] = column_reference[column];
+        part.sums()[group_of_warps * COLS + column] = column_sum;
       }
-      T* out = static_cast<T*>(p.out) + s.request * p.out_strides.batch +
-               static_cast<std::int64_t>(node) * p.out_strides.token +
-               static_cast<std::int64_t>(q_head) * p.out_strides.head;
+      float4* target = part.octet(group_of_warps * (COLS / 8)) + thread;
 #pragma unroll
       for (int h = 0; h < L::kHalves; ++h)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int d = h * 64 + warp * 16 + lane / 4 + r * 8;
-          const float value = seen ? acc[h][c / 2 * 4 + r * 2 + c % 2] * inverse : 0.0f;
-          if (whole)
-            out[d] = static_cast<T>(value);
-          else
-            part_out[in_tile * D + d] = value;
-        }
+        for (int i = 0; i < COLS / 8; ++i)
+          target[(i * L::kHalves + h) * kWarpgroup] =
+              make_float4(acc[h][4 * i], acc[h][4 * i + 1], acc[h][4 * i + 2], acc[h][4 * i + 3]);
+      continue;
     }
-    named_barrier(barrier, kWarpgroup);  // `reduce` and Q are free for the next segment
-    tile += s.end - s.begin;
+
+    const int request = run->request, first_head = run->head * rows_of.group;
+    const int first_row = run->row_tile * rows_of.rows + group_of_warps * COLS;  // of this warpgroup
+    const int live_rows = run->live * rows_of.group, all_rows = p.nodes * rows_of.group;
+    const int rows = min(COLS, rows_of.rows - group_of_warps * COLS);
+    if (owner) {
+      const int row = first_row + column;
+      const bool seen = row < live_rows && column_sum > 0.0f;
+      if (p.lse != nullptr && column < rows && row < all_rows)
+        p.lse[(static_cast<std::int64_t>(request) * p.nodes + row / rows_of.group) * p.q_heads + first_head +
+              row % rows_of.group] =
+            seen ? (column_reference[column] + log2f(column_sum)) * 0.6931471805599453f : __int_as_float(0xff800000);
+      column_shared[column].x = seen ? 1.0f / column_sum : 0.0f;
+    }
+#pragma unroll
+    for (int h = 0; h < L::kHalves; ++h) {
+      named_barrier(barrier, kWarpgroup);  // P's place is free, column_shared is there
+      store_transposed(p_lane, [&](int i) {
+        const float inverse = column_shared[i / 4 * 8 + lane % 4 * 2 + i % 2].x;
+        return inverse == 0.0f ? 0.0f : acc[h][i] * inverse;
+      });
+      named_barrier(barrier, kWarpgroup);
+#pragma unroll 1
+      for (int i = thread; i < rows * 8; i += kWarpgroup) {
+        const int n = i / 8, chunk = i % 8, row = first_row + n;
+        if (row >= all_rows) break;
+        T* out = static_cast<T*>(p.out) + request * p.out_strides.batch +
+                 static_cast<std::int64_t>(row / rows_of.group) * p.out_strides.token +
+                 static_cast<std::int64_t>(first_head + row % rows_of.group) * p.out_strides.head;
+        reinterpret_cast<uint4*>(out)[h * 8 + chunk] =
+            *reinterpret_cast<const uint4*>(p_shared + n * 128 + (chunk ^ n % 8) * 16);
+      }
+    }
   }
 #endif
 }

@@ -184,8 +184,8 @@ def _cuda_missing(
         return f"the kernel takes bf16 and fp16, got {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"D must be 64 or 128, got {q.shape[-1]}"
-    if page_table is not None:
-        return "paged caches have no CUDA kernel yet"
+    if page_table is not None and k.shape[1] < 8:
+        return f"pages of {k.shape[1]} tokens have no CUDA kernel yet"
     if architecture(q.device.index) < 90:
         return "the kernel is for sm_90a"
     return misaligned("q", q) or misaligned("k", k) or misaligned("v", v)
@@ -210,6 +210,9 @@ def _cuda(
     index = q.device.index
     plan = _plan(b, n, q_heads, kv_heads, d, capacity, page_size, architecture(index), multiprocessors(index))
     workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
+    given = out
+    if misaligned("out", out):  # rows are written 16 bytes at a time
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device(q.device):
         extension()[0].tree_attention(
             plan,
@@ -244,6 +247,8 @@ def _cuda(
             q.dtype == torch.bfloat16,
             torch.cuda.current_stream(q.device).cuda_stream,
         )
+    if given is not out:
+        given.copy_(out)
 
 
 # On an H200 the Triton kernel is the faster one at most of the paper's shapes, see docs/tree_attention.md.

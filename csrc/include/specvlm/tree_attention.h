@@ -44,6 +44,7 @@ struct TreeAttentionPlan {
   TreeAttentionKernel kernel;
   int row_tile;   // packed rows per CTA
   int row_tiles;  // per KV head
+  int columns;    // kSm90: row_tile rounded up to what the kernel was built for
   int ctas;
   std::size_t workspace_floats;
 };
