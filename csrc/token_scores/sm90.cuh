@@ -3,8 +3,9 @@
 // Without a softmax state a tile of keys needs each query row once. So the keys are wgmma's A operand in registers, 64
 // positions a warpgroup, and the packed rows (query, head of the group) stay in shared memory as its B operand, block
 // by block. A row of the accumulators is a cache position: the sum over the query rows is a sum inside a thread, and
-// whatever a position beyond the queries holds stays in its own row. A producer warp (TMA, a ring of tiles) feeds four
-// warpgroups, each with a tile of its own: while some wait for the tensor cores the others take exponentials.
+// whatever a position beyond the queries holds stays in its own row. A producer warp (TMA, a ring of tiles) feeds two
+// warpgroups, each with a tile of its own; while the tensor cores multiply one block, a warpgroup takes the
+// exponentials of the block before, some of them with the FMA units.
 //
 // The tiles of all requests and heads form one line that is cut evenly among the CTAs. Each head's sums go to the
 // workspace and token_scores_add_kernel adds them up in a fixed order.
@@ -74,6 +75,7 @@ template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>
 __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     token_scores_kernel(const __grid_constant__ TokenScoresParams p, const __grid_constant__ TokenScoresPlan plan,
                         const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map) {
+  static_assert(WARPGROUPS == 2 || WARPGROUPS == 3, "how many registers a thread gets is written down for these");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma is there on sm_90a alone
   constexpr int kHalves = D / 64, kConsumers = WARPGROUPS * 128, kTileBytes = score_tile_bytes(D);
   extern __shared__ char raw_shared[];
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
 
   if (threadIdx.x >= kConsumers) {
     // ---- producer: lane i loads box i of a tile
-    give_registers<24>();
+    give_registers<WARPGROUPS == 2 ? 40 : 32>();
     if (threadIdx.x >= kConsumers + 32) return;
     const int lane = threadIdx.x % 32;
     const int box_rows = p.page_table == nullptr ? kSpanTile : min(p.page_size, kSpanTile);
@@ -172,12 +174,14 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
   }
 
   // ---- consumers
-  take_registers<WARPGROUPS == 2 ? 240 : WARPGROUPS == 3 ? 160 : 112>();
+  take_registers<WARPGROUPS == 2 ? 232 : 160>();
   // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
   const int lane = threadIdx.x % 32;
-  const float scale = p.scale * 1.4426950408889634f;  // scores in log2
+  // Scores in log2. A scale of 0 would not let a product of infinity hide anything; 1e-30 has the same effect.
+  const float scale = copysignf(fmaxf(fabsf(p.scale) * 1.4426950408889634f, 1e-30f), p.scale);
+  const float hiding = copysignf(3.0e38f, -p.scale);
   const std::uint32_t q_low = swizzled_descriptor_low(shared_address(shared + layout.q));
   // where this lane's row of ldmatrix begins: 16 positions of the warp, the 16-byte chunks of a row swizzled
   const std::uint32_t k_lane =
@@ -240,81 +244,120 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
       }
 
       const int context = __shfl_sync(~0u, span.clamped(kv_len), 0);
-      for (int t = s.begin + turn; t < s.end; t += WARPGROUPS) {
-        const int in_ring = ring + t - s.begin, stage = in_ring % plan.stages;
-        wait_for_phase(full + stage, in_ring / plan.stages & 1);
-        std::uint32_t keys[D / 16][4];
+      std::uint32_t keys[D / 16][4];
+      int tile = s.begin + turn, block = 0;  // of the newest product
+      int stage = (ring + turn) % plan.stages;
+      std::uint32_t phase = (ring + turn) / plan.stages & 1;
+      const int seen_tiles = max(context + 1 - origin, 0) / kSpanTile;  // every query sees all of the tiles before
+      auto load_keys = [&] {
+        wait_for_phase(full + stage, phase);
 #pragma unroll
         for (int step = 0; step < D / 16; ++step)
           load_matrices(keys[step], (k_lane + stage * kTileBytes + step / 4 * (kSpanTile * 128)) ^ (step % 4 * 32));
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(empty + stage);
+        stage += WARPGROUPS;  // at most one time around
+        if (stage >= plan.stages) stage -= plan.stages, phase ^= 1;
+      };
+      auto multiply = [&](float (&acc)[N / 2], int block) {
+        for (; ready < plan.chunks && ready * chunk_rows < (block + 1) * N; ++ready)
+          wait_for_phase(q_full + ready, q_phase);
+        // the shuffle puts it into a uniform register, where wgmma wants its descriptors
+        const std::uint32_t q_block = __shfl_sync(~0u, q_low + block * (N * 128 / 16), 0);
+        wgmma_keep(acc);
+        wgmma_keep(keys);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step)
+          WgmmaRegisters<T, N>::run(
+              acc, keys[step], swizzled_descriptor_from_low(q_block + step / 4 * (plan.rows * 128 / 16) + step % 4 * 2),
+              step != 0);
+        wgmma_commit();
+      };
 
-        // this thread's two positions; rows below hidden[i] (of this row tile) do not see position i
-        const int position = origin + t * kSpanTile + warp * 16 + lane / 4;
-        const int column = position - start;
-        int hidden[2];
+      // Rows that do not see one of this thread's two positions get a product that no exponential survives.
+      auto hide = [&](float (&acc)[N / 2]) {
+        if (tile < seen_tiles) return;
+        const int position = origin + tile * kSpanTile + warp * 16 + lane / 4;
+        int hidden[2];  // columns below do not see the position
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          hidden[i] = (min(max(position + 8 * i - context, 0), p.queries) - first_query) * group;
-        float sums[2] = {0.0f, 0.0f};
-
-        auto add_blocks = [&](auto with_mask) {
-          const auto* lse = reinterpret_cast<const float4*>(lse_shared) + lane % 4;
-          int row = lane % 4 * 2;  // of this thread's first column
-          for (int block = 0; block < blocks; ++block) {
-            for (; ready < plan.chunks && ready * chunk_rows < (block + 1) * N; ++ready)
-              wait_for_phase(q_full + ready, q_phase);
-            // the shuffle puts it into a uniform register, where wgmma wants its descriptors
-            const std::uint32_t q_block = __shfl_sync(~0u, q_low + block * (N * 128 / 16), 0);
-            float acc[N / 2];
-            wgmma_keep(acc);
-            wgmma_keep(keys);
-            wgmma_fence();
+          hidden[i] =
+              (min(max(position + 8 * i - context, 0), p.queries) - first_query) * group - block * N - lane % 4 * 2;
 #pragma unroll
-            for (int step = 0; step < D / 16; ++step)
-              WgmmaRegisters<T, N>::run(
-                  acc, keys[step],
-                  swizzled_descriptor_from_low(q_block + step / 4 * (plan.rows * 128 / 16) + step % 4 * 2), step != 0);
-            wgmma_commit();
-            wgmma_wait();
-            wgmma_keep(acc);
-            wgmma_keep(keys);
+        for (int i = 0; i < N / 2; ++i)
+          if (i / 4 * 8 + i % 2 < hidden[i / 2 % 2]) acc[i] = hiding;
+      };
+      float sums[2] = {0.0f, 0.0f};  // of the two positions
+      auto add_shares = [&](const float (&acc)[N / 2], int block) {
+        const auto* lse = reinterpret_cast<const float4*>(lse_shared + block * N) + lane % 4;
 #pragma unroll
-            for (int i = 0; i < N / 2; i += 8) {
-              const float4 minus = lse[i / 2];
-              float share[8];
+        for (int i = 0; i < N / 2; i += 8) {
+          const float4 minus = lse[i / 2];
+          float share[8];
 #pragma unroll
-              for (int j = 0; j < 8; ++j) {
-                const float m = j / 4 == 0 ? (j % 2 == 0 ? minus.x : minus.y) : (j % 2 == 0 ? minus.z : minus.w);
-                float x = fmaf(acc[i + j], scale, m);
-                if constexpr (with_mask.value)
-                  x = row + i * 2 + j / 4 * 8 + j % 2 < hidden[j / 2 % 2] ? __int_as_float(0xff800000) : x;
-                share[j] = by_polynomial<POLYNOMIAL>(i + j) ? exp2_polynomial(x) : exp2_fast(x);
-              }
-              sums[0] += (share[0] + share[1]) + (share[4] + share[5]);
-              sums[1] += (share[2] + share[3]) + (share[6] + share[7]);
-            }
-            lse += N / 4;
-            row += N;
+          for (int j = 0; j < 8; ++j) {
+            const float m = j / 4 == 0 ? (j % 2 == 0 ? minus.x : minus.y) : (j % 2 == 0 ? minus.z : minus.w);
+            const float x = fmaf(acc[i + j], scale, m);
+            share[j] = by_polynomial<POLYNOMIAL>(i + j) ? exp2_polynomial(x) : exp2_fast(x);
           }
-        };
-        if (origin + t * kSpanTile + kSpanTile - 1 > context)  // some query does not see all of the tile
-          add_blocks(std::true_type{});
-        else
-          add_blocks(std::false_type{});
-
+          sums[0] += (share[0] + share[1]) + (share[4] + share[5]);
+          sums[1] += (share[2] + share[3]) + (share[6] + share[7]);
+        }
+      };
+      auto finish_tile = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float sum = sums[i];
           sum += __shfl_xor_sync(~0u, sum, 1);
           sum += __shfl_xor_sync(~0u, sum, 2);
-          const int at = column + 8 * i;
-          if (lane % 4 == 0 && at >= 0 && at < p.span_len) {
-            if (row_tile > 0) sum += partial[at];
-            partial[at] = sum;
+          const int column = origin - start + tile * kSpanTile + warp * 16 + lane / 4 + 8 * i;
+          if (lane % 4 == 0 && column >= 0 && column < p.span_len) {
+            if (row_tile > 0) sum += partial[column];
+            partial[column] = sum;
           }
+          sums[i] = 0.0f;
         }
+      };
+
+      // While the tensor cores multiply a block, this warpgroup takes the exponentials of the block before. Between the
+      // issue of a product and the wait for it there is no branch: ptxas would make the two take turns.
+      auto advance = [&] {
+        if (++block < blocks) return true;
+        block = 0;
+        tile += WARPGROUPS;
+        if (tile >= s.end) return false;
+        load_keys();
+        return true;
+      };
+      auto step = [&](const float (&now)[N / 2], float (&next)[N / 2]) {
+        multiply(next, block);
+        add_shares(now, (block == 0 ? blocks : block) - 1);
+        wgmma_wait();
+        wgmma_keep(next);
+        wgmma_keep(keys);
+        if (block == 0) finish_tile(tile - WARPGROUPS);
+        hide(next);
+      };
+      if (tile < s.end) {
+        float even[N / 2], odd[N / 2];
+        load_keys();
+        multiply(even, 0);
+        wgmma_wait();
+        wgmma_keep(even);
+        wgmma_keep(keys);
+        hide(even);
+        while (advance()) {
+          step(even, odd);
+          if (!advance()) {
+#pragma unroll
+            for (int i = 0; i < N / 2; ++i) even[i] = odd[i];
+            break;
+          }
+          step(odd, even);
+        }
+        add_shares(even, blocks - 1);
+        finish_tile(tile - WARPGROUPS);
       }
       if (threadIdx.x == 0)  // chunks that no block needed must have come, too, before the next ones or the exit
         for (int c = 0; c < plan.chunks; ++c) wait_for_phase(q_full + c, q_phase);

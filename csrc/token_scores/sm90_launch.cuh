@@ -10,11 +10,11 @@
 
 namespace specvlm {
 
-// What is built in. Three warpgroups leave 160 registers a thread: room for 128 columns and the keys. Every so many
-// exponentials of 8 go to the FMA units: at D = 128 the tensor cores and the exponential unit would be equally busy, at
-// D = 64 the exponentials take twice as long as the products.
+// What is built in. Two warpgroups leave 232 registers a thread: room for two blocks of 128 columns and the keys. Every
+// so many exponentials of 8 go to the FMA units: at D = 128 the tensor cores and the exponential unit would be equally
+// busy, at D = 64 the exponentials take twice as long as the products.
 constexpr int kScoreColumns[] = {128, 96, 80, 64, 48, 32, 16};
-constexpr int kScoreWarpgroups = 3;
+constexpr int kScoreWarpgroups = 2;
 constexpr int score_polynomial(int head_dim) { return head_dim == 64 ? 2 : 1; }
 
 template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>

@@ -1,5 +1,5 @@
 // Other tile shapes for benchmarks, built with -DSPECVLM_TUNE=ON and chosen with the environment variable
-// SPECVLM_TOKEN_SCORES=columns,warpgroups,polynomial, such as 64,4,1; bf16 with D = 128 alone.
+// SPECVLM_TOKEN_SCORES=columns,warpgroups,polynomial, such as 64,3,1; bf16 with D = 128 alone.
 #include "token_scores/sm90_launch.cuh"
 
 namespace specvlm {
@@ -21,9 +21,9 @@ void try_shapes(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStr
 void tune_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream) {
   check_argument(p.dtype == HalfType::kBFloat16 && p.head_dim == 128,
                  "SPECVLM_TOKEN_SCORES: tune.cu has bf16 with D = 128 alone");
-  try_shapes<128, 3, 0, 128, 3, 2, 128, 3, 3, 96, 3, 0, 96, 3, 2, 96, 3, 3, 80, 3, 0, 80, 3, 2, 80, 3, 3,  //
-             64, 3, 0, 64, 3, 2, 64, 3, 3, 64, 4, 0, 64, 4, 1, 64, 4, 2, 48, 4, 0, 48, 4, 1, 48, 4, 2,     //
-             128, 2, 1, 96, 2, 1, 80, 2, 1, 64, 2, 1>(p, plan, stream);
+  try_shapes<128, 2, 0, 128, 2, 2, 128, 2, 3, 96, 2, 0, 96, 2, 2, 96, 2, 3, 80, 2, 0, 80, 2, 2, 80, 2, 3,  //
+             64, 2, 0, 64, 2, 2, 64, 2, 3, 80, 3, 2, 64, 3, 0, 64, 3, 1, 64, 3, 2, 48, 3, 0, 48, 3, 1, 48, 3, 2>(
+      p, plan, stream);
 }
 
 }  // namespace specvlm
