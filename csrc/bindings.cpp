@@ -11,6 +11,7 @@
 
 #include "common/check.h"
 #include "specvlm/compact_kv.h"
+#include "specvlm/token_scores.h"
 #include "specvlm/tree_attention.h"
 
 namespace py = pybind11;
@@ -101,6 +102,76 @@ void bind_tree_attention(py::module_& m) {
       py::arg("bfloat16"), py::arg("stream"));
 }
 
+void bind_token_scores(py::module_& m) {
+  py::enum_<specvlm::TokenScoresKernel>(m, "TokenScoresKernel")
+      .value("SM80", specvlm::TokenScoresKernel::kSm80)
+      .value("SM90", specvlm::TokenScoresKernel::kSm90);
+  py::class_<specvlm::TokenScoresPlan>(m, "TokenScoresPlan")
+      .def_readonly("kernel", &specvlm::TokenScoresPlan::kernel)
+      .def_readonly("columns", &specvlm::TokenScoresPlan::columns)
+      .def_readonly("warpgroups", &specvlm::TokenScoresPlan::warpgroups)
+      .def_readonly("polynomial", &specvlm::TokenScoresPlan::polynomial)
+      .def_readonly("row_tiles", &specvlm::TokenScoresPlan::row_tiles)
+      .def_readonly("tile_queries", &specvlm::TokenScoresPlan::tile_queries)
+      .def_readonly("chunks", &specvlm::TokenScoresPlan::chunks)
+      .def_readonly("chunk_queries", &specvlm::TokenScoresPlan::chunk_queries)
+      .def_readonly("rows", &specvlm::TokenScoresPlan::rows)
+      .def_readonly("stages", &specvlm::TokenScoresPlan::stages)
+      .def_readonly("ctas", &specvlm::TokenScoresPlan::ctas)
+      .def_readonly("workspace_floats", &specvlm::TokenScoresPlan::workspace_floats);
+  m.def("token_scores_plan", &specvlm::token_scores_plan, py::arg("batch"), py::arg("queries"), py::arg("q_heads"),
+        py::arg("kv_heads"), py::arg("head_dim"), py::arg("span_len"), py::arg("page_size"), py::arg("architecture"),
+        py::arg("multiprocessors"));
+  m.def(
+      "token_scores",
+      [](const specvlm::TokenScoresPlan& plan, Address q, Address k, Address lse, Address kv_lens, Address span_starts,
+         Address query_mask, Address page_table, Address out, Address workspace, const Strides& q_strides,
+         const Strides& k_strides, std::int64_t lse_batch_stride, std::int64_t lse_token_stride,
+         std::int64_t mask_batch_stride, std::int64_t page_table_stride, std::int64_t out_batch_stride, int batch,
+         int queries, int q_heads, int kv_heads, int head_dim, int capacity, int page_size, int pages, int max_pages,
+         int span_start, int span_len, float scale, float weight, bool bfloat16, Address stream) {
+        specvlm::TokenScoresParams p{};
+        p.q = pointer<const void>(q);
+        p.k = pointer<const void>(k);
+        p.lse = pointer<const float>(lse);
+        p.kv_lens = pointer<const std::int32_t>(kv_lens);
+        p.span_starts = pointer<const std::int32_t>(span_starts);
+        p.query_mask = pointer<const bool>(query_mask);
+        p.page_table = pointer<const std::int32_t>(page_table);
+        p.out = pointer<float>(out);
+        p.workspace = pointer<float>(workspace);
+        std::tie(p.q_strides.batch, p.q_strides.token, p.q_strides.head) = q_strides;
+        std::tie(p.k_strides.batch, p.k_strides.token, p.k_strides.head) = k_strides;
+        p.lse_batch_stride = lse_batch_stride;
+        p.lse_token_stride = lse_token_stride;
+        p.mask_batch_stride = mask_batch_stride;
+        p.page_table_stride = page_table_stride;
+        p.out_batch_stride = out_batch_stride;
+        p.batch = batch;
+        p.queries = queries;
+        p.q_heads = q_heads;
+        p.kv_heads = kv_heads;
+        p.head_dim = head_dim;
+        p.capacity = capacity;
+        p.page_size = page_size;
+        p.pages = pages;
+        p.max_pages = max_pages;
+        p.span_start = span_start;
+        p.span_len = span_len;
+        p.scale = scale;
+        p.weight = weight;
+        p.dtype = bfloat16 ? specvlm::HalfType::kBFloat16 : specvlm::HalfType::kFloat16;
+        specvlm::token_scores(p, plan, stream_of(stream));
+      },
+      py::arg("plan"), py::arg("q"), py::arg("k"), py::arg("lse"), py::arg("kv_lens"), py::arg("span_starts"),
+      py::arg("query_mask"), py::arg("page_table"), py::arg("out"), py::arg("workspace"), py::arg("q_strides"),
+      py::arg("k_strides"), py::arg("lse_batch_stride"), py::arg("lse_token_stride"), py::arg("mask_batch_stride"),
+      py::arg("page_table_stride"), py::arg("out_batch_stride"), py::arg("batch"), py::arg("queries"),
+      py::arg("q_heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("page_size"),
+      py::arg("pages"), py::arg("max_pages"), py::arg("span_start"), py::arg("span_len"), py::arg("scale"),
+      py::arg("weight"), py::arg("bfloat16"), py::arg("stream"));
+}
+
 void bind_compact_kv(py::module_& m) {
   m.def(
       "compact_kv",
@@ -146,5 +217,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of specvlm_kernels; call them through the package's functions.";
   m.def("architectures", &architectures, "Compute capabilities built in, such as 80 or 90a; 80+PTX is portable code.");
   bind_tree_attention(m);
+  bind_token_scores(m);
   bind_compact_kv(m);
 }

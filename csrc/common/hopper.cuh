@@ -6,15 +6,13 @@
 #include <cstdint>
 #include <cuda/ptx>
 
+#include "common/ampere.cuh"
+#include "common/wgmma_register_shapes.cuh"
 #include "common/wgmma_shapes.cuh"
 
 namespace specvlm {
 
 namespace ptx = cuda::ptx;
-
-__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
 
 // Descriptor of a tile in 128-byte swizzled layout: rows of 128 bytes in groups of 8 (1024 bytes, aligned to that).
 // K-major operands: a row is 64 consecutive k. MN-major: a row is 64 consecutive m or n, the 8 rows are k.
@@ -42,6 +40,13 @@ template <int COUNT>
 __device__ __forceinline__ void wgmma_keep(float (&acc)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+
+// The same for an operand in registers, which wgmma reads until it is waited for.
+template <int STEPS>
+__device__ __forceinline__ void wgmma_keep(std::uint32_t (&a)[STEPS][4]) {
+#pragma unroll
+  for (int i = 0; i < STEPS * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
 template <int REGISTERS>
@@ -98,18 +103,23 @@ __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
                : "memory");
 }
 
+// Cache hints as the compiler's own createpolicy would give them.
+constexpr std::uint64_t kEvictNormal = 0x1000000000000000;
+constexpr std::uint64_t kEvictFirst = 0x12F0000000000000;  // read once
+constexpr std::uint64_t kEvictLast = 0x14F0000000000000;   // read by many CTAs
+
+// Brings a tensor map near, so that the first box need not wait for it.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
-// One box of a 4-dimensional tensor into shared memory; completes on the barrier. evict_first: read once.
+// One box of a 4-dimensional tensor into shared memory; completes on the barrier.
 __device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, int c0, int c1, int c2, int c3,
-                                         std::uint64_t* barrier) {
-  constexpr std::uint64_t kEvictFirst = 0x12F0000000000000;
+                                         std::uint64_t* barrier, std::uint64_t hint = kEvictFirst) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(target)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst)
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint)
       : "memory");
 }
 

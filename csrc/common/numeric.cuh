@@ -27,18 +27,20 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// 2^x for x up to 127 without the exponential unit, which takes a warp 8 cycles: 2^round(x) by the exponent bits, the
-// rest by a polynomial (minimax on [-0.5, 0.5] with value 1 at 0: relative error 3e-6). Exactly 0 from -127 down.
+// The same without the exponential unit, which takes 8 cycles a warp: ten instructions of the FMA and integer units. A
+// minimax polynomial on [-0.5, 0.5] of relative error 9.1e-8 (1.6e-7 rounded). Exactly 0 from -127 down, x < 128, and
+// NaN gives a huge number.
 __device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its ulp is 1, so that adding it rounds to an integer
-  float clamped;
-  asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(clamped) : "f"(x));  // -127
-  const float shifted = clamped + kRound, rest = clamped - (shifted - kRound);
-  float value = fmaf(0.00958286f, rest, 0.05590643f);
-  value = fmaf(value, rest, 0.24024099f);
-  value = fmaf(value, rest, 0.69312419f);
-  value = fmaf(value, rest, 1.0f);
-  return __int_as_float(__float_as_int(value) + (__float_as_int(shifted) << 23));
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the sum holds the nearest integer in its low bits
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-127.0f));
+  const float rounded = __fadd_rn(x, kRound);
+  const float f = __fsub_rn(x, __fsub_rn(rounded, kRound));
+  float y = fmaf(f, 0x1.5bb994p-10f, 0x1.3cea84p-7f);
+  y = fmaf(f, y, 0x1.c6b754p-5f);
+  y = fmaf(f, y, 0x1.ebf9bcp-3f);
+  y = fmaf(f, y, 0x1.62e42ap-1f);
+  y = fmaf(f, y, 1.0f);
+  return __int_as_float(__float_as_int(y) + static_cast<int>(__float_as_uint(rounded) << 23));
 }
 
 }  // namespace specvlm

@@ -4,6 +4,8 @@
 #include <iterator>
 
 #include "common/check.h"
+#include "common/launch.h"
+#include "common/tensor_map.h"
 #include "tree_attention/sm90.cuh"
 
 namespace specvlm {
@@ -11,53 +13,24 @@ namespace specvlm {
 constexpr int kColumns[] = {8, 16, 32, 48, 64, 72, 80, 96, 104};  // packed rows of one warpgroup
 constexpr int kMostColumns = 2 * kColumns[std::size(kColumns) - 1];
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-inline Encode tensor_map_encoder() {
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-               "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(function);
-  }();
-  return encode;
-}
-
-// A tensor of (D, heads, tokens, batch), innermost first, read in boxes of 64 dims.
-inline CUtensorMap tensor_map(const char* name, const void* base, const TreeAttentionStrides& strides, HalfType dtype,
-                              const cuuint64_t (&sizes)[4], int box_heads, int box_tokens) {
-  CUtensorMap map;
-  const cuuint64_t bytes[] = {static_cast<cuuint64_t>(strides.head) * 2, static_cast<cuuint64_t>(strides.token) * 2,
-                              static_cast<cuuint64_t>(strides.batch) * 2};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_heads), static_cast<cuuint32_t>(box_tokens), 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  const auto type = dtype == HalfType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = tensor_map_encoder()(&map, type, 4, const_cast<void*>(base), sizes, bytes, box, steps,
-                                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check_argument(result == CUDA_SUCCESS, name, ": no tensor map for strides (", strides.batch, ", ", strides.token,
-                 ", ", strides.head, "): driver error ", static_cast<int>(result));
-  return map;
-}
-
 inline CUtensorMap cache_map(const char* name, const void* base, const TreeAttentionStrides& strides,
                              const TreeAttentionParams& p) {
   const bool paged = p.page_table != nullptr;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.kv_heads),
-                              static_cast<cuuint64_t>(paged ? p.page_size : p.capacity),
-                              static_cast<cuuint64_t>(paged ? p.pages : p.batch)};
-  return tensor_map(name, base, strides, p.dtype, sizes, 1, paged ? std::min(p.page_size, kTile) : kTile);
+  return half_tensor_map(
+      name, base, p.dtype == HalfType::kBFloat16, p.head_dim,
+      {{p.kv_heads, strides.head, 1},
+       {paged ? p.page_size : p.capacity, strides.token, paged ? std::min(p.page_size, kTile) : kTile},
+       {paged ? p.pages : p.batch, strides.batch, 1}});
 }
 
 template <typename T, int D, int COLS>
 void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile};
   rows_of.nodes = rows_of.rows / rows_of.group;
-  const cuuint64_t q_sizes[] = {static_cast<cuuint64_t>(D), static_cast<cuuint64_t>(p.q_heads),
-                                static_cast<cuuint64_t>(p.nodes), static_cast<cuuint64_t>(p.batch)};
-  const CUtensorMap q_map = tensor_map("q", p.q, p.q_strides, p.dtype, q_sizes, rows_of.group, rows_of.nodes);
+  const CUtensorMap q_map = half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, D,
+                                            {{p.q_heads, p.q_strides.head, rows_of.group},
+                                             {p.nodes, p.q_strides.token, rows_of.nodes},
+                                             {p.batch, p.q_strides.batch, 1}});
   const CUtensorMap k_map = cache_map("k", p.k, p.k_strides, p), v_map = cache_map("v", p.v, p.v_strides, p);
   int page_shift = kTileShift;
   if (p.page_table != nullptr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, not_for_triton, register
+from ..backend import Tier, architecture, extension, misaligned, multiprocessors, not_for_triton, register
 from ..reference.token_scores import token_scores as reference
 
 OP = register("token_scores")
@@ -210,5 +211,77 @@ def _triton_missing(q: Tensor, *_: object) -> str | None:
     return not_for_triton(q, head_dim=q.shape[-1])
 
 
+@functools.cache
+def _plan(*shape: int) -> Any:
+    return extension()[0].token_scores_plan(*shape)
+
+
+def _cuda_missing(q: Tensor, k: Tensor, lse: Tensor, *_: object) -> str | None:
+    if q.dtype not in check.HALF:
+        return f"the kernel takes bf16 and fp16, got {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"D must be 64 or 128, got {q.shape[-1]}"
+    return misaligned("q", q) or misaligned("k", k)
+
+
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    kv_lens: Tensor,
+    span_start: int,
+    span_start_tensor: Tensor | None,
+    span_len: int,
+    query_mask: Tensor | None,
+    weight: float,
+    page_table: Tensor | None,
+    softmax_scale: float,
+    out: Tensor,
+) -> None:
+    b, t, q_heads, d = q.shape
+    pages, page_size, kv_heads = (0, 0, k.shape[2]) if page_table is None else k.shape[:3]
+    max_pages = 0 if page_table is None else page_table.shape[1]
+    capacity = k.shape[1] if page_table is None else max_pages * page_size
+    index = q.device.index
+    plan = _plan(b, t, q_heads, kv_heads, d, span_len, page_size, architecture(index), multiprocessors(index))
+    workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
+    with torch.cuda.device(q.device):
+        extension()[0].token_scores(
+            plan,
+            q.data_ptr(),
+            k.data_ptr(),
+            lse.data_ptr(),
+            kv_lens.data_ptr(),
+            span_start_tensor.data_ptr() if span_start_tensor is not None else 0,
+            query_mask.data_ptr() if query_mask is not None else 0,
+            page_table.data_ptr() if page_table is not None else 0,
+            out.data_ptr(),
+            workspace.data_ptr(),
+            q.stride()[:3],
+            k.stride()[:3],
+            lse.stride(0),
+            lse.stride(1),
+            query_mask.stride(0) if query_mask is not None else 0,
+            page_table.stride(0) if page_table is not None else 0,
+            out.stride(0),
+            b,
+            t,
+            q_heads,
+            kv_heads,
+            d,
+            capacity,
+            page_size,
+            pages,
+            max_pages,
+            span_start,
+            span_len,
+            softmax_scale,
+            weight,
+            q.dtype == torch.bfloat16,
+            torch.cuda.current_stream(q.device).cuda_stream,
+        )
+
+
+OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -1,0 +1,3 @@
+#include "token_scores/sm90_launch.cuh"
+
+template void specvlm::token_scores_sm90<__half, 64>(const TokenScoresParams&, const TokenScoresPlan&, cudaStream_t);

@@ -1,0 +1,62 @@
+// Launches one dtype and head dim; each is instantiated in a file of its own, so that they compile side by side.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+
+#include "common/tensor_map.h"
+#include "token_scores/add.cuh"
+#include "token_scores/sm90.cuh"
+
+namespace specvlm {
+
+// What is built in. Two warpgroups leave 232 registers a thread: room for two blocks of 128 columns and the keys. Every
+// so many exponentials of 8 go to the FMA units: at D = 128 the tensor cores and the exponential unit would be equally
+// busy, at D = 64 the exponentials take twice as long as the products.
+constexpr int kScoreColumns[] = {128, 96, 80, 64, 48, 32, 16};
+constexpr int kScoreWarpgroups = 2;
+constexpr int score_polynomial(int head_dim) { return head_dim == 64 ? 2 : 1; }
+
+template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>
+void launch_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream) {
+  const bool bf16 = p.dtype == HalfType::kBFloat16;
+  const int group = p.q_heads / p.kv_heads;
+  const CUtensorMap q_map = half_tensor_map("q", p.q, bf16, D,
+                                            {{p.q_heads, p.q_strides.head, group},
+                                             {p.queries, p.q_strides.token, plan.chunk_queries},
+                                             {p.batch, p.q_strides.batch, 1}});
+  const bool paged = p.page_table != nullptr;
+  const CUtensorMap k_map =
+      half_tensor_map("k", p.k, bf16, D,
+                      {{p.kv_heads, p.k_strides.head, 1},
+                       {paged ? p.page_size : p.capacity, p.k_strides.token, paged ? std::min(p.page_size, 64) : 64},
+                       {paged ? p.pages : p.batch, p.k_strides.batch, 1}});
+  const auto kernel = token_scores_kernel<T, D, N, WARPGROUPS, POLYNOMIAL>;
+  const int shared = scores_layout(D, plan.rows, plan.stages, p.batch).bytes;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
+  kernel<<<plan.ctas, (WARPGROUPS + 1) * 128, shared, stream>>>(p, plan, q_map, k_map);
+  check_cuda(cudaGetLastError(), "token_scores launch");
+  launch_token_scores_add<true>(p, stream);
+}
+
+#ifdef SPECVLM_TUNE
+// Other shapes, bf16 with D = 128 alone; see tune.cu.
+void tune_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream);
+#endif
+
+template <typename T, int D, int INDEX = 0>
+void token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream) {
+#ifdef SPECVLM_TUNE
+  if (plan.warpgroups != kScoreWarpgroups || plan.polynomial != score_polynomial(D))
+    return tune_token_scores_sm90(p, plan, stream);
+#endif
+  if constexpr (INDEX == std::size(kScoreColumns)) {
+    throw std::invalid_argument("plan: made by token_scores_plan?");
+  } else if (kScoreColumns[INDEX] == plan.columns) {
+    launch_token_scores_sm90<T, D, kScoreColumns[INDEX], kScoreWarpgroups, score_polynomial(D)>(p, plan, stream);
+  } else {
+    token_scores_sm90<T, D, INDEX + 1>(p, plan, stream);
+  }
+}
+
+}  // namespace specvlm
