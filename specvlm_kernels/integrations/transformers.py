@@ -7,6 +7,7 @@ Tested with transformers 5.17, 5.18 and 5.23.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from ..decoding import KVCache, Prompt, Rating, SpeculativeDecoder
+from ..decoding import SpeculativeDecoder
+from ..model import KVCache, Prompt, Rating
 from ..ops.token_scores import token_scores
 from ..ops.tree_attention import tree_attention
 
@@ -153,8 +155,20 @@ class TransformersModel:
     def device(self) -> torch.device:
         return self.text.embed_tokens.weight.device
 
+    def _cache_shape(self, capacity: int) -> tuple[int, ...]:
+        return self.text.config.num_hidden_layers, 1, capacity, self._kv_heads, self._head_dim
+
+    def cache_bytes(self, capacity: int) -> int:
+        return 2 * math.prod(self._cache_shape(capacity)) * self.text.embed_tokens.weight.element_size()
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """The widest moment of a layer: the MLP's gate, up and product, beside a few rows of hidden size."""
+        config = self.text.config
+        row = 3 * config.intermediate_size + 8 * config.hidden_size
+        return tokens * row * self.text.embed_tokens.weight.element_size()
+
     def new_cache(self, capacity: int) -> KVCache:
-        shape = (self.text.config.num_hidden_layers, 1, capacity, self._kv_heads, self._head_dim)
+        shape = self._cache_shape(capacity)
         weight = self.text.embed_tokens.weight
         keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         return KVCache(keys, values, torch.zeros(1, dtype=torch.int32, device=weight.device))
@@ -169,7 +183,7 @@ class TransformersModel:
         tree_mask: Tensor | None = None,
         fresh: bool = False,
         rating: Rating | None = None,
-        last_only: bool = False,
+        rows: Tensor | None = None,
     ) -> Tensor:
         embeds = self.text.embed_tokens(tokens) if tokens.dtype == torch.int64 else tokens
         n = embeds.shape[1]
@@ -186,7 +200,7 @@ class TransformersModel:
                 use_cache=True,
                 specvlm=current,
             ).last_hidden_state
-        return self.model.lm_head(hidden[:, -1:] if last_only else hidden)
+        return self.model.lm_head(hidden if rows is None else hidden[:, rows])
 
     def embed(self, inputs: Mapping[str, Any]) -> Prompt:
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
