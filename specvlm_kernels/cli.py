@@ -74,6 +74,9 @@ def _video_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-cache-tokens", type=int, help="refuse requests that need a larger cache")
     command.add_argument("--fps", type=float, help="frames a second to read (default: the checkpoint's)")
     command.add_argument("--max-frames", type=int, help="most frames to read (default: the checkpoint's)")
+    command.add_argument(
+        "--passes", choices=("eager", "compile", "fused", "fused-gemm"), default="eager", help="how tokens are decoded"
+    )
     command.add_argument("--no-graphs", action="store_true", help="launch every kernel of a round by itself")
     command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     command.add_argument("--dtype", choices=sorted(NEAR_TIE), help="default: bfloat16 on a GPU, float32 on the CPU")
@@ -166,8 +169,7 @@ def run_compare(args: argparse.Namespace) -> int:
                 "target_passes": s.target_passes,
                 "tau": s.tau if name != "plain" else None,
                 "tokens_per_round": s.tokens_per_round if name != "plain" else None,
-                "seconds": s.total_seconds
-                - s.seconds["capture"],  # once for every later request too
+                "seconds": s.total_seconds - s.seconds["capture"],  # once for every later request too
                 "kept_tokens": s.kept_tokens if name != "plain" else None,
                 "identical": same,
                 "note": note,
@@ -268,6 +270,7 @@ class Job:
             positions=self.args.positions,
             tokenizer=self.tokenizer,
             max_cache_tokens=self.args.max_cache_tokens,
+            passes=self.args.passes,
             graphs=False if self.args.no_graphs else None,
             **options,
         )

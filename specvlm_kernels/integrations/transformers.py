@@ -28,6 +28,7 @@ from ..decoding import SpeculativeDecoder
 from ..model import KVCache, Prompt, Rating
 from ..ops.token_scores import token_scores
 from ..ops.tree_attention import tree_attention
+from ..passes import PASSES, LeanText
 
 ATTENTION = "specvlm"
 
@@ -137,9 +138,14 @@ def _specvlm_attention(config: Any) -> Iterator[None]:
 
 
 class TransformersModel:
-    """A transformers vision-language model as `decoding.Model`; subclasses know what differs per family."""
+    """A transformers vision-language model as `model.Model`; subclasses know what differs per family.
 
-    def __init__(self, model: PreTrainedModel):
+    Prompts are read by transformers' own modules, generated tokens by the variant of `passes.PASSES`.
+    """
+
+    def __init__(self, model: PreTrainedModel, passes: str = "eager"):
+        if passes not in PASSES:
+            raise ValueError(f"passes: expected one of {', '.join(PASSES)}, got {passes!r}")
         self.model: Any = model.eval()
         self.text: Any = model.model.language_model
         config = self.text.config
@@ -150,6 +156,7 @@ class TransformersModel:
         self.stop_tokens = _stop_tokens(model)
         self._kv_heads: int = config.num_key_value_heads
         self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._lean = None if passes == "eager" else LeanText(self.text, self.model.lm_head, passes)
 
     @property
     def device(self) -> torch.device:
@@ -185,6 +192,8 @@ class TransformersModel:
         rating: Rating | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
+        if self._lean is not None and tokens.dtype == torch.int64:
+            return self._lean.forward(cache, tokens, positions, first=first, tree_mask=tree_mask, rows=rows)
         embeds = self.text.embed_tokens(tokens) if tokens.dtype == torch.int64 else tokens
         n = embeds.shape[1]
         slots = cache.kv_lens.long() + torch.arange(first, first + n, device=embeds.device)
@@ -303,7 +312,7 @@ def _stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
 
 
-def wrap(model: Any) -> TransformersModel:
+def wrap(model: Any, passes: str = "eager") -> TransformersModel:
     """The adapter for a model, by its class."""
     if isinstance(model, TransformersModel):
         return model
@@ -312,7 +321,7 @@ def wrap(model: Any) -> TransformersModel:
         (LlavaOnevisionForConditionalGeneration, LlavaOnevision),
     ):
         if isinstance(model, known):
-            return adapter(model)
+            return adapter(model, passes)
     raise TypeError(
         "model: expected Qwen2_5_VLForConditionalGeneration or LlavaOnevisionForConditionalGeneration, "
         f"got {type(model).__name__}"
@@ -332,7 +341,13 @@ def check_tokenizers(tokenizer: Any, draft_tokenizer: Any) -> None:
 
 
 def from_transformers(
-    target: Any, draft: Any, *, tokenizer: Any = None, draft_tokenizer: Any = None, **options: Any
+    target: Any,
+    draft: Any,
+    *,
+    tokenizer: Any = None,
+    draft_tokenizer: Any = None,
+    passes: str = "eager",
+    **options: Any,
 ) -> SpeculativeDecoder:
     """A SpeculativeDecoder over two transformers models, which stay usable on their own.
 
@@ -341,12 +356,15 @@ def from_transformers(
             family, with one tokenizer; their vocabularies may be padded differently.
         tokenizer: the target's, for Generation.text.
         draft_tokenizer: if given, checked to be the same.
-        **options: SpeculativeDecoder's tree, pruning, sampling, positions, max_cache_tokens.
+        passes: how generated tokens run through the models: "eager" (transformers' own modules), or by a lean walk
+            over their weights that is compiled ("compile"), made of Triton kernels ("fused"), or of these with a
+            Triton matrix product too ("fused-gemm"). All but eager merge the models' projections, see `LeanText`.
+        **options: SpeculativeDecoder's tree, pruning, sampling, positions, max_cache_tokens, graphs.
 
     Raises:
         TypeError: a model of another class. ValueError: models or tokenizers that do not go together.
     """
-    models = wrap(target), wrap(draft)
+    models = wrap(target, passes), wrap(draft, passes)
     if type(models[0]) is not type(models[1]):
         raise ValueError(f"draft: expected a {type(target).__name__} as the target is, got {type(draft).__name__}")
     configs = [m.model.config for m in models]
