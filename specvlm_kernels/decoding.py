@@ -46,7 +46,7 @@ class Sampling:
 
 
 OnTokens = Callable[[list[int]], None]
-_Accept = Callable[[Tensor, Tensor, Tensor, Tensor], Verdict]  # logits, tokens, parents, coins
+Accept = Callable[[Tensor, Tensor, Tensor, Tensor], Verdict]  # logits, tokens, parents, coins
 
 
 class _Output:
@@ -86,13 +86,13 @@ class _Request:
         coins.uniform_(generator=self.generator)
 
 
-class _Round:
+class Round:
     """One round on static tensors: drafting, verification, acceptance, commit. Nothing here waits for the device.
 
     result int64 [1+N]: how many drafted tokens were accepted, then these and the target's next token.
     """
 
-    def __init__(self, target: Side, drafter: Drafter, accept: _Accept, graphs: bool):
+    def __init__(self, target: Side, drafter: Drafter, accept: Accept, graphs: bool):
         n, device = drafter.proposal.tokens.shape[1], target.cache.kv_lens.device
         self.target, self.drafter, self._accept = target, drafter, accept
         self.coins = torch.zeros(1, n + 1, device=device)
@@ -101,8 +101,9 @@ class _Round:
         self._logits: Tensor
         self._verdict: Verdict
         levels = [("draft", level) for level in drafter.levels()]
-        steps = [*levels, ("verify", self.verify), ("accept", self.accept), ("commit", self.commit)]
-        self.program = Program(steps, [target.cache.kv_lens, *drafter.state], self.result, graphs=graphs)
+        self.steps = [*levels, ("verify", self.verify), ("accept", self.accept), ("commit", self.commit)]
+        self.state = [target.cache.kv_lens, *drafter.state]
+        self.program = Program(self.steps, self.state, self.result, graphs=graphs)
 
     def verify(self) -> None:
         target, tree = self.target, self.drafter.proposal
@@ -122,13 +123,13 @@ class _Round:
         self.drafter.commit(verdict)
 
 
-class _PlainStep:
+class PlainStep:
     """One token of the target alone, on static tensors.
 
     result float64 [2]: the token, and the gap between its logit and the second best if wanted (else 0).
     """
 
-    def __init__(self, target: Side, accept: _Accept, with_margins: bool, graphs: bool):
+    def __init__(self, target: Side, accept: Accept, with_margins: bool, graphs: bool):
         device = target.cache.kv_lens.device
         self.target, self._accept, self._with_margins = target, accept, with_margins
         self.coins = torch.zeros(1, 2, device=device)
@@ -288,7 +289,7 @@ class SpeculativeDecoder:
         generation.margins = margins[: len(generation.tokens)] if with_margins else None
         return generation
 
-    def _run(self, round: _Round | _PlainStep, first: list[int], request: _Request):
+    def _run(self, round: Round | PlainStep, first: list[int], request: _Request):
         """Runs rounds until the output is done and yields the result of each, for the caller to extend the output.
 
         The next round starts as soon as it is known to be wanted, before the callback sees the tokens. It is not
@@ -313,16 +314,16 @@ class SpeculativeDecoder:
         on_device = sum(stats.seconds.values()) - on_device
         stats.seconds["host"] += max(0.0, time.perf_counter() - began - on_device)
 
-    def _round(self, target: Side, draft: Side) -> _Round:
-        def build() -> _Round:
+    def _round(self, target: Side, draft: Side) -> Round:
+        def build() -> Round:
             drafter = TreeDrafter(draft, self.tree, self.shared_vocab)
-            return _Round(target, drafter, self._verify, self.graphs)
+            return Round(target, drafter, self._verify, self.graphs)
 
         return self._workspaces.program(("round", id(target), id(draft)), build)
 
-    def _plain_step(self, target: Side, with_margins: bool) -> _PlainStep:
-        def build() -> _PlainStep:
-            return _PlainStep(target, self._verify, with_margins, self.graphs)
+    def _plain_step(self, target: Side, with_margins: bool) -> PlainStep:
+        def build() -> PlainStep:
+            return PlainStep(target, self._verify, with_margins, self.graphs)
 
         return self._workspaces.program(("plain", id(target), with_margins), build)
 
