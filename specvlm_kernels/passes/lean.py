@@ -83,8 +83,9 @@ class LeanText:
         cos, sin = (angles.cos() * self._rope_scale).to(dtype), (angles.sin() * self._rope_scale).to(dtype)
         # nodes of earlier levels are in the cache already: their rows only keep the mask's numbering
         queries = torch.zeros(1, first + n, self._q_heads, self._head_dim, dtype=dtype, device=device)
-        x, residual = embedding(tokens[0], self._embed), None
-        for weights, keys, values in zip(self.layers, cache.keys, cache.values):
+        residual = embedding(tokens[0], self._embed)
+        x = torch.zeros_like(residual)  # the first layer adds nothing, and is then compiled as all others
+        for weights, keys, values in zip(self.layers, cache.keys[:, 0], cache.values[:, 0]):
             x, residual = self._layer(
                 self._ops, weights, self._eps, self._scaling, first,
                 x, residual, cos, sin, slots, queries, keys, values, cache.kv_lens, tree_mask,
@@ -100,7 +101,7 @@ def _decoder_layer(
     scaling: float,
     first: int,
     x: Tensor,
-    residual: Tensor | None,
+    residual: Tensor,
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
@@ -110,11 +111,14 @@ def _decoder_layer(
     kv_lens: Tensor,
     tree_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x is what the last layer adds to the residual stream; returns the same of this one. keys, values [1,S,Hkv,D]."""
+    """x is what the last layer adds to the residual stream; returns the same of this one.
+
+    keys, values [S,Hkv,D]: as they are, because Inductor copies a whole cache to write through a view of it.
+    """
     x, residual = ops.add_rms_norm(x, residual, weights.input_norm, eps)
     qkv = ops.linear(x, weights.qkv, weights.qkv_bias)
-    ops.rope_to_cache(qkv, cos, sin, queries[0, first:], keys[0], values[0], slots)
-    attended = tree_attention(queries, keys, values, kv_lens, tree_mask, softmax_scale=scaling)
+    ops.rope_to_cache(qkv, cos, sin, queries[0, first:], keys, values, slots)
+    attended = tree_attention(queries, keys[None], values[None], kv_lens, tree_mask, softmax_scale=scaling)
     assert isinstance(attended, Tensor)
     x = ops.linear(attended[0, first:].flatten(1), weights.out)
     x, residual = ops.add_rms_norm(x, residual, weights.post_norm, eps)

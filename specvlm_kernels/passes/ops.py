@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(RMSNorm(x + residual) * weight, x + residual); x, residual [n,H], residual None for 0, weight [H]."""
-    total = x if residual is None else x + residual
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm(x + residual) * weight, x + residual); x, residual [n,H], weight [H]."""
+    total = x + residual
     wide = total.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype), total
@@ -58,7 +58,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 class LayerOps:
     """What a decoder layer is made of beside attention."""
 
-    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope_to_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     silu_mul: Callable[[Tensor], Tensor]
     linear: Callable[..., Tensor]

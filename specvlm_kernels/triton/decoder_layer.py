@@ -22,20 +22,19 @@ def _add_rms_norm_kernel(
     inside = column < HIDDEN
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # here, not behind the reduction
     total = tl.load(x + row * x_row + column, mask=inside, other=0.0)
-    if residual is not None:
-        added = tl.load(residual + row * residual_row + column, mask=inside, other=0.0)
-        total = (total.to(tl.float32) + added.to(tl.float32)).to(total_out.dtype.element_ty)
-        tl.store(total_out + row * HIDDEN + column, total, mask=inside)
+    added = tl.load(residual + row * residual_row + column, mask=inside, other=0.0)
+    total = (total.to(tl.float32) + added.to(tl.float32)).to(total_out.dtype.element_ty)
+    tl.store(total_out + row * HIDDEN + column, total, mask=inside)
     wide = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
     normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * HIDDEN + column, (normed * factor).to(out.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     n, hidden = x.shape
     out = torch.empty(n, hidden, dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(out)
+    total = torch.empty_like(out)
     block = triton.next_power_of_2(hidden)
     with device_of(x):
         _add_rms_norm_kernel[(n,)](
@@ -45,7 +44,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
             out,
             total,
             x.stride(0),
-            residual.stride(0) if residual is not None else 0,
+            residual.stride(0),
             eps,
             HIDDEN=hidden,
             BLOCK=block,
