@@ -3,6 +3,7 @@
     python -m bench e2e                                        the pairs and contexts in order of importance
     python -m bench e2e --pair Qwen2.5-VL-32B,Qwen2.5-VL-3B --context 16384
     python -m bench e2e --passes fused,compile,eager --json OUT.json --timeline OUT.png
+    python -m bench e2e --prefill                              real prompts first: prefill, rating, pruning
     python -m bench e2e --gemms                                GB/s of every matrix product at 1, 4 and 26 rows
     python -m bench e2e --tiny-clips 200                       the trained tiny pair: true acceptance, lossless or not
     python -m bench e2e --cpu-smoke                            the plumbing, on the CPU
@@ -33,6 +34,7 @@ from specvlm_kernels.decoding import PlainStep, Round
 from specvlm_kernels.drafting import TreeDrafter
 from specvlm_kernels.graphs import Program
 from specvlm_kernels.integrations.transformers import TransformersModel, wrap
+from specvlm_kernels.model import Prompt
 from specvlm_kernels.passes import PASSES
 from specvlm_kernels.reference.verify_greedy import Verdict
 from specvlm_kernels.workspace import Side
@@ -79,6 +81,7 @@ class Bench:
             "header": environment.header(device, commit),
             "ceilings": self.ceilings,
             "results": [],
+            "prefill": [],
             "not_run": [],
         }
         self._models: dict[str, Any] = {}
@@ -96,7 +99,9 @@ class Bench:
     def floor_ms(self, name: str, context: int) -> float | None:
         return SIZES[name].pass_bytes(context) / self.ceilings["read_bytes_per_s"] * 1e3 if self.ceilings else None
 
-    def run(self, cases: list[tuple[str, str, int]], passes: list[str], max_seconds: float) -> list[Any]:
+    def run(
+        self, cases: list[tuple[str, str, int]], passes: list[str], max_seconds: float, prefill: bool = False
+    ) -> list[Any]:
         """Measures what the time allows; returns the timeline of the first case."""
         began, timeline = time.perf_counter(), []
         for i, (target, draft, video) in enumerate(cases):
@@ -117,6 +122,9 @@ class Bench:
                 row.pop("timeline", None)
                 self.record["results"].append(row)
                 free_memory()
+                if prefill and "failed" not in row:
+                    self.record["prefill"].append(self.prefill(target, draft, video, variant))
+                    free_memory()
             self.keep_only({name for target, draft, _ in cases[i + 1 :] for name in (target, draft)})
         self.record["wall_s"] = round(time.perf_counter() - began, 1)
         return timeline
@@ -195,6 +203,32 @@ class Bench:
             "prepare_s": {"plain": plain_prepare_s, "round": prepare_s},
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if graphs else 0,
             "timeline": timeline,
+        }
+
+    def prefill(self, target: str, draft: str, video: int, passes: str) -> Row:
+        """Seconds of each phase of a request whose prompt is really run, after one that compiles and records."""
+        length = video + TEXT_TOKENS
+        models = {name: wrap(self.model(name), passes) for name in (target, draft)}
+        decoder = sk.SpeculativeDecoder(models[target], models[draft])
+        visual = torch.zeros(length, dtype=torch.bool, device=self.device)
+        visual[TEXT_TOKENS // 5 :][:video] = True
+        positions = torch.arange(length, device=self.device).expand(3 if SIZES[target].family == "qwen" else 1, 1, -1)
+        for name, model in models.items():
+            embeds = torch.randn(1, length, SIZES[name].hidden, dtype=model.model.dtype, device=self.device)
+            prompt = Prompt(embeds, positions, visual, length)
+            model.embed = lambda inputs, prompt=prompt: prompt  # type: ignore[method-assign]
+        for _ in range(2):
+            stats = decoder.generate({}, 12, stop_tokens=[]).stats
+        return {
+            "target": target,
+            "draft": draft,
+            "video": video,
+            "passes": passes,
+            "prompt_tokens": stats.prompt_tokens,
+            "kept_tokens": stats.kept_tokens,
+            "rounds": stats.rounds,
+            "seconds": stats.seconds,
+            "peak_bytes": stats.peak_bytes,
         }
 
     def _side(self, model: TransformersModel, context: int) -> Side:
@@ -322,6 +356,13 @@ def print_record(record: dict[str, Any], console: Console) -> None:
             console.print("   " + "  ".join(verdicts), highlight=False)
         if kernels:
             console.print(f"   kernels of one round, ms: {kernels}", highlight=False)
+    for row in record["prefill"]:
+        seconds = "  ".join(f"{phase} {1e3 * s:.2f}" for phase, s in row["seconds"].items())
+        console.print(
+            f"{row['target']} + {row['draft']} {row['video']:,} {row['passes']}, a request of {row['prompt_tokens']:,} "
+            f"tokens with {row['rounds']} rounds, ms: {seconds}",
+            highlight=False,
+        )
     for label in record["not_run"]:
         console.print(f"not run for want of time: {label}", highlight=False)
 
@@ -339,6 +380,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--passes", default="fused", help=f"comma-separated, of {', '.join(PASSES)} (default: fused)")
     parser.add_argument("--rounds", type=int, default=30, help="measured rounds of each kind (default 30)")
     parser.add_argument("--max-seconds", type=float, default=200, help="start nothing after this long (default 200)")
+    parser.add_argument("--prefill", action="store_true", help="also run prompts: prefill, rating, pruning, recording")
     parser.add_argument("--gemms", action="store_true", help="only the matrix products")
     parser.add_argument("--tiny-clips", type=int, metavar="N", help="only the trained tiny pair, on N held-out clips")
     parser.add_argument("--commit", help="the commit to record where the checkout has no .git")
@@ -375,6 +417,8 @@ def main(arguments: list[str]) -> int:
     if not console.is_terminal:
         console = Console(width=200)
     device = torch.device("cpu" if options.cpu_smoke else "cuda")
+    if options.cpu_smoke:
+        torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
     timeline: list[Any] = []
     if options.tiny_clips:
         record = {"header": environment.header(device, options.commit)} | tiny_pair.run(
@@ -386,7 +430,7 @@ def main(arguments: list[str]) -> int:
         gemms.print_record(record, console)
     else:
         bench = Bench(device, options.commit, options.rounds)
-        timeline = bench.run(cases_of(options), options.passes, options.max_seconds)
+        timeline = bench.run(cases_of(options), options.passes, options.max_seconds, options.prefill)
         record = bench.record
         print_record(record, console)
     if options.json:

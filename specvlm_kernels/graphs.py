@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def enabled(graphs: bool | None, device: torch.device) -> bool:
 def record(step: Step, pool: Any) -> Step:
     """Records what a step launches into a CUDA graph, without running it; returns what replays it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -64,6 +65,10 @@ class Program:
         self._marks: list[Any] = [_mark(on_gpu) for _ in range(len(self._steps) + 1)]
         self._read = _mark(on_gpu)
 
+    def _device(self) -> AbstractContextManager[Any]:
+        """Makes the result's GPU the current one: events and recordings belong to its streams."""
+        return torch.cuda.device(self._result.device) if self._result.is_cuda else nullcontext()
+
     @property
     def ready(self) -> bool:
         return bool(self._replays)
@@ -80,22 +85,24 @@ class Program:
     def _recorded(self, calls: list[tuple[str, Step]]) -> list[tuple[str, Step]]:
         before = [tensor.clone() for tensor in self._state]
         try:
-            for _, call in calls:  # compiles kernels, loads modules, makes the libraries' handles and workspaces
-                call()
-            pool = new_pool()
-            return [(phase, record(call, pool)) for phase, call in calls]
+            with self._device():
+                for _, call in calls:  # compiles kernels, loads modules, makes the libraries' handles and workspaces
+                    call()
+                pool = new_pool()
+                return [(phase, record(call, pool)) for phase, call in calls]
         finally:
             for tensor, value in zip(self._state, before):
                 tensor.copy_(value)
 
     def launch(self) -> None:
         """Starts one run; returns at once where the device is asynchronous."""
-        self._marks[0].record()
-        for (_, replay), mark in zip(self._replays, self._marks[1:]):
-            replay()
-            mark.record()
-        self._host.copy_(self._result, non_blocking=True)
-        self._read.record()
+        with self._device():
+            self._marks[0].record()
+            for (_, replay), mark in zip(self._replays, self._marks[1:]):
+                replay()
+                mark.record()
+            self._host.copy_(self._result, non_blocking=True)
+            self._read.record()
 
     def wait(self, seconds: dict[str, float]) -> list[Any]:
         """The result of the run, once it is there; adds the device time of each phase to `seconds`."""

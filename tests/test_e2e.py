@@ -18,7 +18,8 @@ from bench.e2e_timeline import Kernel
 
 def test_smoke(capsys, tmp_path):
     path = tmp_path / "out.json"
-    assert main(["e2e", "--cpu-smoke", "--rounds", "2", "--passes", "fused,eager", "--json", str(path)]) == 0
+    options = ["--rounds", "2", "--passes", "fused,eager", "--prefill", "--json", str(path)]
+    assert main(["e2e", "--cpu-smoke", *options]) == 0
     out = capsys.readouterr().out
     assert "acceptance simulated" in out and "mean nothing" in out and "tok/s at 5" in out
     record = json.loads(path.read_text())
@@ -27,6 +28,10 @@ def test_smoke(capsys, tmp_path):
         assert set(row["phases_ms"]) == {"draft", "verify", "accept", "commit"}
         assert len(row["steps_ms"]) == 8 and all(ms > 0 for ms in row["steps_ms"].values())
         assert row["contexts"] == {"target": 500, "draft": 140}
+    for row in record["prefill"]:
+        assert row["kept_tokens"] == 40 and row["prompt_tokens"] == 500
+        assert all(row["seconds"][phase] > 0 for phase in ("target_prefill", "rating", "select", "draft_prefill"))
+    for row in record["results"]:
         assert row["stock_ms"] > 0 and row["plain_ms"] > 0 and row["round_ms"] > 0
 
 

@@ -146,6 +146,13 @@ def test_skinny_gemm(triton_ops, monkeypatch, device, dtype, rows, columns, dept
     assert not skinny_gemm._counters(x.device).any()
 
 
+@WHERE
+def test_more_rows_than_a_skinny_product_takes(triton_ops, device, dtype):
+    x, weight = kit.randn(33, 64, dtype=dtype, device=device), kit.randn(40, 64, seed=1, dtype=dtype, device=device)
+    assert torch.equal(triton_ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert triton_ops.linear(x[:0], weight).shape == (0, 40)
+
+
 def test_skinny_gemm_splits_fill_the_device():
     from specvlm_kernels.triton.skinny_gemm import config
 
