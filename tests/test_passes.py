@@ -17,14 +17,14 @@ from specvlm_kernels.passes import ops
 from specvlm_kernels.passes.lean import merge
 
 FAMILIES = {"qwen": (qwen, qwen_inputs), "llava": (llava, llava_inputs)}
+INTERPRETER = [] if torch.cuda.is_available() else [torch.float32, torch.float16]
 WHERE = pytest.mark.parametrize(
     "device,dtype",
     [
-        pytest.param("cpu", torch.float32, id="interpreter-fp32"),
-        pytest.param("cpu", torch.float16, id="interpreter-fp16"),
+        *(pytest.param("cpu", dtype, id=f"interpreter-{dtype}") for dtype in INTERPRETER),
         *(
-            pytest.param("cuda", dtype, id=f"cuda-{name}", marks=pytest.mark.gpu)
-            for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16"))
+            pytest.param("cuda", dtype, id=f"cuda-{dtype}", marks=pytest.mark.gpu)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)
         ),
     ],
 )

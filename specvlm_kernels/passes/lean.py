@@ -55,7 +55,7 @@ class LeanText:
         attention = text.layers[0].self_attn
         self._embed, self._lm_head = text.embed_tokens.weight, lm_head.weight
         self._norm, self._eps = text.norm.weight, text.norm.variance_epsilon
-        self._inv_freq, self._rope_scale = text.rotary_emb.inv_freq, text.rotary_emb.attention_scaling
+        self._inv_freq = text.rotary_emb.inv_freq.float()
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._q_heads = text.config.num_attention_heads
         self.layers = [_weights(layer) for layer in text.layers]
@@ -78,9 +78,9 @@ class LeanText:
         """`Model.forward` for int64 tokens [1,n] at positions int64 [1,n] that all axes of M-RoPE share."""
         n, device = tokens.shape[1], tokens.device
         slots = cache.kv_lens.long() + torch.arange(first, first + n, device=device)
-        angles = positions[0, :, None].float() * self._inv_freq.float()
+        angles = positions[0, :, None].float() * self._inv_freq
         dtype = self._embed.dtype
-        cos, sin = (angles.cos() * self._rope_scale).to(dtype), (angles.sin() * self._rope_scale).to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         # nodes of earlier levels are in the cache already: their rows only keep the mask's numbering
         queries = torch.zeros(1, first + n, self._q_heads, self._head_dim, dtype=dtype, device=device)
         residual = embedding(tokens[0], self._embed)
@@ -136,8 +136,8 @@ def _check_architecture(text: Any, lm_head: Any) -> None:
     if config.hidden_act != "silu":
         refuse(f"expected hidden_act silu, got {config.hidden_act}")
     rope = config.rope_parameters.get("rope_type", "default")
-    if rope != "default":
-        refuse(f"expected the default RoPE, got {rope}")
+    if rope != "default" or text.rotary_emb.attention_scaling != 1:
+        refuse(f"expected the default RoPE without scaling, got {rope}")
     products = {"lm_head": (lm_head, False)}
     for i, layer in enumerate(text.layers):
         for name in ("q_proj", "k_proj", "v_proj"):

@@ -26,7 +26,7 @@ def _add_rms_norm_kernel(
     total = (total.to(tl.float32) + added.to(tl.float32)).to(total_out.dtype.element_ty)
     tl.store(total_out + row * HIDDEN + column, total, mask=inside)
     wide = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(wide * wide, 0) / HIDDEN + eps))
     normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * HIDDEN + column, (normed * factor).to(out.dtype.element_ty), mask=inside)
 
@@ -140,7 +140,7 @@ def _silu_mul_kernel(gate_up, out, size, row_stride, BLOCK: tl.constexpr):
     source = gate_up + row * row_stride + column
     gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(source + size, mask=inside, other=0.0).to(tl.float32)
-    active = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    active = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * size + column, (active * up).to(out.dtype.element_ty), mask=inside)
 
 
