@@ -5,6 +5,7 @@
     python -m bench e2e --passes fused,compile,eager --json OUT.json --timeline OUT.png
     python -m bench e2e --prefill                              real prompts first: prefill, rating, pruning
     python -m bench e2e --gemms                                GB/s of every matrix product at 1, 4 and 26 rows
+    python -m bench e2e --sweep                                skinny_gemm's configurations, product by product
     python -m bench e2e --tiny-clips 200                       the trained tiny pair: true acceptance, lossless or not
     python -m bench e2e --cpu-smoke                            the plumbing, on the CPU
 
@@ -382,6 +383,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, default=200, help="start nothing after this long (default 200)")
     parser.add_argument("--prefill", action="store_true", help="also run prompts: prefill, rating, pruning, recording")
     parser.add_argument("--gemms", action="store_true", help="only the matrix products")
+    parser.add_argument("--sweep", action="store_true", help="only the configurations of skinny_gemm")
     parser.add_argument("--tiny-clips", type=int, metavar="N", help="only the trained tiny pair, on N held-out clips")
     parser.add_argument("--commit", help="the commit to record where the checkout has no .git")
     parser.add_argument("--json", metavar="OUT.json", help="write the record here")
@@ -394,6 +396,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.pair = tuple(options.pair.split(",")) if options.pair else None
     if options.pair and (len(options.pair) != 2 or not set(options.pair) <= set(SIZES)):
         parser.error(f"--pair: expected two of {', '.join(SIZES)}, separated by a comma")
+    if options.sweep and options.cpu_smoke:
+        parser.error("--sweep: needs a GPU")
     if options.pair and SIZES[options.pair[0]].family != SIZES[options.pair[1]].family:
         parser.error("--pair: expected two models of one family")
     return options
@@ -425,6 +429,9 @@ def main(arguments: list[str]) -> int:
             options.tiny_clips, device, options.passes[0]
         )
         tiny_pair.print_record(record, console)
+    elif options.sweep:
+        record = {"header": environment.header(device, options.commit)} | gemms.sweep(device, options.max_seconds)
+        gemms.print_sweep(record, console)
     elif options.gemms:
         record = {"header": environment.header(device, options.commit)} | gemms.run(device, options.max_seconds)
         gemms.print_record(record, console)

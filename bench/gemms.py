@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -89,6 +90,50 @@ def _us(linear: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Ten
         pairs.append((start, end))
     torch.cuda.synchronize(chip.device)
     return statistics.median(s.elapsed_time(e) for s, e in pairs) * 1e3 / len(weights)
+
+
+SWEEP_BLOCKS = ((64, 128, 4, 4), (64, 64, 6, 4), (64, 256, 3, 4), (128, 64, 4, 4), (128, 64, 5, 8), (128, 128, 3, 8))
+SWEEP_SPLITS = (1, 2, 3, 4, 6, 8)
+SWEEP = (("Qwen2.5-VL-32B", 26), ("Qwen2.5-VL-7B", 4), ("Qwen2.5-VL-3B", 4))
+
+
+def sweep(device: torch.device, max_seconds: float) -> dict[str, Any]:
+    """Every product of the passes that a round is made of under every configuration of skinny_gemm.config."""
+    from specvlm_kernels.triton import skinny_gemm
+
+    began, results = time.perf_counter(), []
+    chip, config = Chip(device), skinny_gemm.config
+    try:
+        for model, rows in SWEEP:
+            for name, (columns, depth) in SIZES[model].products().items():
+                copies = 2 + 2 * chip.l2_bytes // (columns * depth * 2)
+                weights = [torch.randn(columns, depth, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+                x = torch.randn(rows, depth, dtype=torch.bfloat16, device=device)
+                times = {"cuBLAS": _us(torch.nn.functional.linear, x, weights, chip)}
+                for (n, k, stages, warps), splits in itertools.product(SWEEP_BLOCKS, SWEEP_SPLITS):
+                    if time.perf_counter() - began > max_seconds:
+                        break
+                    chosen = dict(ROWS=16 if rows <= 16 else 32, BLOCK_N=n, BLOCK_K=k, SPLITS=splits)
+                    chosen |= dict(num_stages=stages, num_warps=warps)
+                    skinny_gemm.config = lambda *_, chosen=chosen: dict(chosen)
+                    label = f"{n}x{k} stages {stages} warps {warps} splits {splits}"
+                    times[label] = _us(skinny_gemm.linear, x, weights, chip)
+                skinny_gemm.config = config
+                times["config()"] = _us(skinny_gemm.linear, x, weights, chip)
+                size = columns * depth * 2
+                results.append({"model": model, "product": name, "rows": rows, "bytes": size, "us": times})
+                free_memory()
+    finally:
+        skinny_gemm.config = config
+    return {"ceilings": chip.ceilings(), "sweep": results}
+
+
+def print_sweep(record: dict[str, Any], console: Console) -> None:
+    for row in record["sweep"]:
+        best = sorted(row["us"].items(), key=lambda item: item[1])[:4]
+        known = [(name, row["us"][name]) for name in ("cuBLAS", "config()")]
+        text = "; ".join(f"{name} {us:.1f} us {row['bytes'] / us / 1e3:.0f} GB/s" for name, us in [*known, *best])
+        console.print(f"{row['model']} {row['product']} {row['rows']} rows: {text}", highlight=False)
 
 
 def print_record(record: dict[str, Any], console: Console) -> None:

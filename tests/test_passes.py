@@ -122,12 +122,18 @@ def test_a_slot_outside_the_cache_writes_nothing(triton_ops, device, dtype, host
     assert all(bool((g.check() == 7).all()) for g in guarded)
 
 
-SHAPES = [(1, 64, 128), (26, 200, 96), (4, 37, 1000), (32, 130, 512), (17, 1, 33), (26, 640, 2048)]
+SHAPES = [  # with a bias or without
+    (1, 64, 128, True),
+    (26, 200, 96, False),
+    (4, 37, 1000, True),
+    (32, 130, 512, False),
+    (17, 1, 33, True),
+    (26, 640, 2048, False),
+]
 
 
 @WHERE
-@pytest.mark.parametrize("rows,columns,depth", SHAPES)
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows,columns,depth,with_bias", SHAPES)
 @pytest.mark.parametrize("splits", [None, 3])
 def test_skinny_gemm(triton_ops, monkeypatch, device, dtype, rows, columns, depth, with_bias, splits):
     from specvlm_kernels.triton import skinny_gemm
@@ -295,6 +301,7 @@ def test_passes_on_the_gpu(family, passes):
     target, draft = make(2).cuda(), make(52, 2, 1, layers=1).cuda()
     inputs = {k: v.cuda() for k, v in make_inputs(1).items()}
     want = greedy(target, inputs, 40)
-    decoder = sk.SpeculativeDecoder.from_transformers(target, draft, passes=passes)
+    tree = sk.TokenTree.chain(2) if passes == "compile" else sk.SPECVLM_TREE  # every width of a pass is compiled
+    decoder = sk.SpeculativeDecoder.from_transformers(target, draft, passes=passes, tree=tree)
     assert decoder.generate(inputs, 40).tokens == want
     assert decoder.generate_autoregressive(inputs, 40).tokens == want
