@@ -89,6 +89,7 @@ setup(
         "specvlm_kernels",
         "specvlm_kernels.integrations",
         "specvlm_kernels.ops",
+        "specvlm_kernels.passes",
         "specvlm_kernels.reference",
         "specvlm_kernels.triton",
     ],

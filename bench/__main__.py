@@ -7,6 +7,7 @@
     python -m bench --readme README.md RECORD.json     the README's table, from a record
     python -m bench --list                             the cases; needs no GPU
     python -m bench --quick --cpu-smoke                the plumbing, on the CPU
+    python -m bench e2e [--help]                       the decoding loop at full model size
 
 Exits with 1 if a result was wrong or a call of ours failed; then no speed-up of that op is printed.
 """
@@ -68,6 +69,11 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["e2e"]:
+        from . import e2e  # needs transformers
+
+        return e2e.main(given[1:])
     args = parse(arguments)
     console = Console()
     if not console.is_terminal:

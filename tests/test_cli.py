@@ -43,6 +43,16 @@ def test_generate_as_json_with_sampling(capsys):
     assert json.loads(first[1])["tree_nodes"] == 4
 
 
+def test_every_way_to_decode_says_the_same(capsys):
+    argv = ("generate", CLIP, QUESTION, *PAIR, "--max-new-tokens", 20, "--json")
+    outputs = []
+    for options in ((), ("--no-graphs",), ("--passes", "fused")):
+        code, out, _ = run(capsys, *argv, *options)
+        assert code == 0
+        outputs.append(json.loads(out)["tokens"])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
 def test_compare_says_identical_four_times(capsys, tmp_path):
     path = tmp_path / "demo.json"
     code, out, _ = run(capsys, "compare", CLIP, QUESTION, *PAIR, "--json", path, "--overlay", tmp_path / "demo.png")

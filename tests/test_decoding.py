@@ -148,7 +148,7 @@ def test_stats_add_up():
     target, inputs = qwen(10), qwen_inputs(10)
     stats = decoder(target, qwen(60, 2, 1, layers=1)).generate(inputs, 20).stats
     assert set(stats.seconds) == {
-        "target_prefill", "rating", "select", "draft_prefill", "draft", "verify", "accept", "commit"
+        "target_prefill", "rating", "select", "draft_prefill", "capture", "draft", "verify", "accept", "commit", "host"
     }  # fmt: skip
     assert all(seconds > 0 for seconds in stats.seconds.values())
     assert stats.new_tokens == 20 and stats.tokens_per_round == stats.tau + 1 == stats.accepted / stats.rounds + 1

@@ -7,6 +7,7 @@ Tested with transformers 5.17, 5.18 and 5.23.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from ..decoding import KVCache, Prompt, Rating, SpeculativeDecoder
+from ..decoding import SpeculativeDecoder
+from ..model import KVCache, Prompt, Rating
 from ..ops.token_scores import token_scores
 from ..ops.tree_attention import tree_attention
+from ..passes import PASSES, LeanText
 
 ATTENTION = "specvlm"
 
@@ -135,9 +138,14 @@ def _specvlm_attention(config: Any) -> Iterator[None]:
 
 
 class TransformersModel:
-    """A transformers vision-language model as `decoding.Model`; subclasses know what differs per family."""
+    """A transformers vision-language model as `model.Model`; subclasses know what differs per family.
 
-    def __init__(self, model: PreTrainedModel):
+    Prompts are read by transformers' own modules, generated tokens by the variant of `passes.PASSES`.
+    """
+
+    def __init__(self, model: PreTrainedModel, passes: str = "eager"):
+        if passes not in PASSES:
+            raise ValueError(f"passes: expected one of {', '.join(PASSES)}, got {passes!r}")
         self.model: Any = model.eval()
         self.text: Any = model.model.language_model
         config = self.text.config
@@ -148,13 +156,26 @@ class TransformersModel:
         self.stop_tokens = _stop_tokens(model)
         self._kv_heads: int = config.num_key_value_heads
         self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._lean = None if passes == "eager" else LeanText(self.text, self.model.lm_head, passes)
 
     @property
     def device(self) -> torch.device:
         return self.text.embed_tokens.weight.device
 
+    def _cache_shape(self, capacity: int) -> tuple[int, ...]:
+        return self.text.config.num_hidden_layers, 1, capacity, self._kv_heads, self._head_dim
+
+    def cache_bytes(self, capacity: int) -> int:
+        return 2 * math.prod(self._cache_shape(capacity)) * self.text.embed_tokens.weight.element_size()
+
+    def prefill_bytes(self, tokens: int) -> int:
+        """The widest moment of a layer: the MLP's gate, up and product, beside a few rows of hidden size."""
+        config = self.text.config
+        row = 3 * config.intermediate_size + 8 * config.hidden_size
+        return tokens * row * self.text.embed_tokens.weight.element_size()
+
     def new_cache(self, capacity: int) -> KVCache:
-        shape = (self.text.config.num_hidden_layers, 1, capacity, self._kv_heads, self._head_dim)
+        shape = self._cache_shape(capacity)
         weight = self.text.embed_tokens.weight
         keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         return KVCache(keys, values, torch.zeros(1, dtype=torch.int32, device=weight.device))
@@ -169,8 +190,10 @@ class TransformersModel:
         tree_mask: Tensor | None = None,
         fresh: bool = False,
         rating: Rating | None = None,
-        last_only: bool = False,
+        rows: Tensor | None = None,
     ) -> Tensor:
+        if self._lean is not None and tokens.dtype == torch.int64:
+            return self._lean.forward(cache, tokens, positions, first=first, tree_mask=tree_mask, rows=rows)
         embeds = self.text.embed_tokens(tokens) if tokens.dtype == torch.int64 else tokens
         n = embeds.shape[1]
         slots = cache.kv_lens.long() + torch.arange(first, first + n, device=embeds.device)
@@ -186,7 +209,7 @@ class TransformersModel:
                 use_cache=True,
                 specvlm=current,
             ).last_hidden_state
-        return self.model.lm_head(hidden[:, -1:] if last_only else hidden)
+        return self.model.lm_head(hidden if rows is None else hidden[:, rows])
 
     def embed(self, inputs: Mapping[str, Any]) -> Prompt:
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -289,7 +312,7 @@ def _stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
 
 
-def wrap(model: Any) -> TransformersModel:
+def wrap(model: Any, passes: str = "eager") -> TransformersModel:
     """The adapter for a model, by its class."""
     if isinstance(model, TransformersModel):
         return model
@@ -298,7 +321,7 @@ def wrap(model: Any) -> TransformersModel:
         (LlavaOnevisionForConditionalGeneration, LlavaOnevision),
     ):
         if isinstance(model, known):
-            return adapter(model)
+            return adapter(model, passes)
     raise TypeError(
         "model: expected Qwen2_5_VLForConditionalGeneration or LlavaOnevisionForConditionalGeneration, "
         f"got {type(model).__name__}"
@@ -318,7 +341,13 @@ def check_tokenizers(tokenizer: Any, draft_tokenizer: Any) -> None:
 
 
 def from_transformers(
-    target: Any, draft: Any, *, tokenizer: Any = None, draft_tokenizer: Any = None, **options: Any
+    target: Any,
+    draft: Any,
+    *,
+    tokenizer: Any = None,
+    draft_tokenizer: Any = None,
+    passes: str = "eager",
+    **options: Any,
 ) -> SpeculativeDecoder:
     """A SpeculativeDecoder over two transformers models, which stay usable on their own.
 
@@ -327,12 +356,15 @@ def from_transformers(
             family, with one tokenizer; their vocabularies may be padded differently.
         tokenizer: the target's, for Generation.text.
         draft_tokenizer: if given, checked to be the same.
-        **options: SpeculativeDecoder's tree, pruning, sampling, positions, max_cache_tokens.
+        passes: how generated tokens run through the models: "eager" (transformers' own modules), or by a lean walk
+            over their weights that is compiled ("compile"), made of Triton kernels ("fused"), or of these with a
+            Triton matrix product too ("fused-gemm"). All but eager merge the models' projections, see `LeanText`.
+        **options: SpeculativeDecoder's tree, pruning, sampling, positions, max_cache_tokens, graphs.
 
     Raises:
         TypeError: a model of another class. ValueError: models or tokenizers that do not go together.
     """
-    models = wrap(target), wrap(draft)
+    models = wrap(target, passes), wrap(draft, passes)
     if type(models[0]) is not type(models[1]):
         raise ValueError(f"draft: expected a {type(target).__name__} as the target is, got {type(draft).__name__}")
     configs = [m.model.config for m in models]
