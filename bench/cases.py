@@ -117,7 +117,7 @@ class Case:
         call, twin = self.inputs(device, 0), self.inputs(device, 0)
         got = self.outputs(call, peer.build(self, [call])[0]())
         want = self.outputs(twin, self.reference(twin))
-        return all(_close(g, w) for g, w in zip(got, want))
+        return all(close(g, w) for g, w in zip(got, want))
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class Peer:
         return None
 
 
-def _close(got: Tensor, want: Tensor) -> bool:
+def close(got: Tensor, want: Tensor) -> bool:
+    """Equal integers, or floats that differ by rounding."""
     if not want.is_floating_point():
         return torch.equal(got.to(want.dtype), want)
     got, want = got.double().reshape(want.shape), want.double()

@@ -124,7 +124,7 @@ class Runner:
         except torch.OutOfMemoryError:
             row.update(status="out of memory", detail="the GPU's memory did not suffice")
         except Exception as error:
-            row.update(status="error", detail=_first_line(error))
+            row.update(status="error", detail=first_line(error))
             self._require_device()
 
     def _require_device(self) -> None:
@@ -133,7 +133,7 @@ class Runner:
         try:
             torch.cuda.synchronize(self.chip.device)
         except RuntimeError as error:
-            raise DeviceLostError(_first_line(error)) from error
+            raise DeviceLostError(first_line(error)) from error
 
     def _time_op(self, case: Case, row: Row, calls: list[Call]) -> None:
         """Fills calls, for the peers to share."""
@@ -188,6 +188,6 @@ def _best_backend(case: Case, call: Call) -> str:
     return found[1]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}"

@@ -6,7 +6,14 @@ python -m pytest bench --benchmark-json=OUT.json
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +22,12 @@ from rich.console import Console
 
 import specvlm_kernels as sk
 
-from . import OPS, bench_select_tokens, plot, report
+from . import OPS, bench_draft_topk, bench_select_tokens, plot, report, tune
 from .__main__ import main
 from .cases import Case
 from .harness import Chip, Replay, free_memory, make_sets
 from .runner import Options, Runner, cases_of
+from .spaces import SPACES, Space, candidates
 
 GPU = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
@@ -168,3 +176,60 @@ def test_curves_are_drawn(tmp_path: Any) -> None:
     assert plot.plot(record, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert not plot.plot(_record(), tmp_path / "none.png")
+
+
+def test_tuning_runs_in_the_interpreter(tmp_path: Path) -> None:
+    out = tmp_path / "tuned.json"
+    command = [sys.executable, "-m", "bench.tune", "draft_topk", "--cpu-smoke", "--json", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["status"] == "ok" and row["refused"] == [] and len(row["candidates"]) >= 3
+    configs = [entry["config"] for entry in (row["present"], *row["candidates"])]
+    assert row["best"]["config"] in configs and len({str(config) for config in configs}) == len(configs)
+
+
+def test_tuning_takes_the_fastest_right_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warp count does not compile, one gives wrong tokens, one is right and faster than the present choice."""
+    good = bench_draft_topk.DraftTopk.reference
+    module = importlib.import_module("specvlm_kernels.triton.draft_topk")
+    monkeypatch.setattr(module, "config", lambda *_: {"num_warps": 1})
+    space = Space([[{"num_warps": n} for n in (2, 3, 4, 5)]], lambda present, _, knobs: {**present, **knobs})
+    monkeypatch.setitem(SPACES, "draft_topk", space)
+
+    def run(case: Case, call: Any, backend: str) -> Any:
+        warps = module.config(*call.args[0].shape, call.args[1])["num_warps"]
+        if warps == 2:
+            raise RuntimeError("out of resource: shared memory")
+        time.sleep({1: 0.02, 3: 0.0, 4: 0.01, 5: 0.03}[warps])
+        log_probs, ids = good(case, call)
+        return log_probs, ids + (warps == 3)
+
+    monkeypatch.setattr(bench_draft_topk.DraftTopk, "run", run)
+    row: dict[str, Any] = {"op": "draft_topk", "label": "", "candidates": [], "refused": []}
+    tuner = tune.Tuner(CPU.device, time.monotonic() + 60)
+    tuner.tune("draft_topk", bench_draft_topk.TINY[0], row)
+    assert row["best"]["config"] == {"num_warps": 4} and row["best"]["us"] < row["present"]["us"]
+    assert [entry["config"]["num_warps"] for entry in row["candidates"]] == [4, 5]
+    reasons = [entry["reason"] for entry in row["refused"]]
+    assert reasons == ["RuntimeError: out of resource: shared memory", "its result is not the present choice's"]
+    tuner.deadline = time.monotonic() - 1
+    with pytest.raises(tune.OutOfTimeError):
+        tuner.tune("draft_topk", bench_draft_topk.TINY[0], row)
+
+
+def test_tuning_lists_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["select_tokens", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "select_tokens: V4,096" in out and "stage 1: one_program=False programs=64" in out
+
+
+def test_candidates_fit_their_shape() -> None:
+    space = SPACES["tree_attention"]
+    few, many = ((1, n, 5, 8, 16384, 128, 2, 132) for n in (1, 64))
+    for arguments, blocks in ((few, {16, 32, 64}), (many, {64, 128})):
+        found = candidates("tree_attention", arguments, {}, space.stages[0])
+        assert {config["BLOCK_M"] for _, config in found} <= blocks
+        assert all(config["splits"] >= 1 and "resident" not in config for _, config in found)
+    select = [config for _, config in candidates("select_tokens", (1, 131072), {}, SPACES["select_tokens"].stages[0])]
+    assert select and not any(config["one_program"] for config in select)
