@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from rich.console import Console
 
 import specvlm_kernels as sk
 
-from . import OPS, bench_draft_topk, bench_select_tokens, plot, report, tune
+from . import OPS, ahead, bench_draft_topk, bench_select_tokens, plot, report, tune
 from .__main__ import main
-from .cases import Case
+from .cases import Case, Peer
 from .harness import Chip, Replay, free_memory, make_sets
-from .runner import Options, Runner, cases_of
+from .runner import Options, Runner, cases_of, compile_own, compile_peer, peers_of, tasks_ahead
 from .spaces import SPACES, Space, candidates
 
 GPU = torch.device("cuda")
@@ -82,7 +83,7 @@ def test_cpu_smoke(benchmark: Any, case: Case) -> None:
 @pytest.mark.parametrize("case", _params(CPU))
 def test_peers_do_the_same_work(case: Case) -> None:
     for peer in case.peers():
-        if peer.whole and not peer.slow and not peer.missing() and peer.fits(case) is None:
+        if peer.whole and not (peer.slow or peer.compiled) and not peer.missing() and peer.fits(case) is None:
             assert case.agrees(peer, CPU.device), peer.name
 
 
@@ -144,6 +145,57 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     record = Runner(Options(["select_tokens"], CPU.device, backend="torch", tiny=True)).run()
     assert {row["status"] for row in record["results"]} == {"wrong"}
     assert report.is_failure(record)
+
+
+def test_compiled_peers_are_checked_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(_: Case, calls: list[Any]) -> list[Any]:
+        return [lambda c=c: sk.select_tokens(*c.args, **c.kwargs) for c in calls]
+
+    def wrong(_: Case, calls: list[Any]) -> list[Any]:
+        return [lambda c=c: sk.select_tokens(c.args[0] + 1, *c.args[1:], **c.kwargs) for c in calls]
+
+    peers = [Peer("right", right, compiled=True), Peer("wrong", wrong, compiled=True)]
+    monkeypatch.setattr(bench_select_tokens.SelectTokens, "peers", lambda _: peers)
+    monkeypatch.setattr(bench_select_tokens, "TINY", [bench_select_tokens.SelectTokens(tokens=199, must=1.0)])
+    options = Options(["select_tokens"], CPU.device, backend="torch", tiny=True)
+    (row,) = Runner(options).run()["results"]
+    assert {name: peer["status"] for name, peer in row["peers"].items()} == {"right": "ok", "wrong": "wrong"}
+    (row,) = Runner(replace(options, compile_seconds=0.0)).run()["results"]
+    assert all(peer["status"] == "not run" and "were over" in peer["detail"] for peer in row["peers"].values())
+
+
+def test_which_rows_have_which_peers() -> None:
+    options = Options(list(OPS), CPU.device)
+    names = {
+        (op, case.label): {peer.name for peer in peers_of(case, options)}
+        for op in OPS
+        for case in cases_of(op, options)
+        if case.must or case.sweep
+    }
+    for (op, label), found in names.items():
+        assert "FlexAttention" not in found
+        if op == "select_tokens":
+            assert {"torch.compile", "torch.topk alone"} <= found, label
+    text = names["token_scores", "Qwen2.5-VL-32B Hq40 Hkv8 T48 S25,088"]
+    assert text == {"published code (materialised)", "torch.compile"}
+    assert names["token_scores", "Qwen2.5-VL-32B Hq40 Hkv8 T512 S25,088"] == set()
+    assert "FlashInfer paged" in names["tree_attention", "Qwen2.5-VL-32B Hq40 Hkv8 n8 S16,384"]
+    everything = replace(options, all_peers=True)
+    assert all(peers_of(c, everything) == c.peers() for op in OPS for c in cases_of(op, everything))
+
+
+def test_ahead_of_time_work_is_bounded_and_quiet(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    tasks = [(Path.write_text, (done, "x")), (Path.read_text, (tmp_path / "missing",)), (time.sleep, (600,))]
+    began = time.monotonic()
+    assert ahead.run(tasks, 2, 10.0) == 2 and done.read_text() == "x"
+    assert time.monotonic() - began < 60 and ahead.run([], 2, 10.0) == 0
+    tasks = tasks_ahead(Options(["select_tokens"], CPU.device))
+    assert {task for task, _ in tasks} == {compile_peer, compile_own}
+    rows = [row for task, arguments in tasks if task is compile_own for row in arguments[1]]
+    assert sorted(rows) == list(range(len(bench_select_tokens.CASES)))
+    for task, arguments in tasks_ahead(replace(CPU, ops=["verify_greedy"])):
+        task(*arguments)
 
 
 def test_readme_table_is_replaced_between_its_markers(tmp_path: Any) -> None:

@@ -14,8 +14,6 @@ the chip are listed with the reason. Exits with 1 if the present choice itself f
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import environment, report
+from . import ahead, environment, report
 from .cases import Call, Case, close
 from .harness import Chip, Replay, Timing, free_memory, make_sets, time_on_cpu
 from .runner import DeviceLostError, first_line
@@ -34,7 +32,6 @@ from .spaces import SPACES, Knobs, arguments_of, candidates, changed, compile_ca
 
 SECONDS = 0.1  # of samples per candidate
 NOISE = 0.98  # a candidate wins when its time is below this share of the present choice's
-MOST_JOBS = 8  # processes that compile; each holds a CUDA context and one set of inputs
 
 Row = dict[str, Any]
 
@@ -130,24 +127,14 @@ class Tuner:
             raise DeviceLostError(first_line(error)) from error
 
 
-def compile_ahead(ops: list[str], jobs: int, deadline: float) -> None:
-    """Compiles the candidates in several processes: one takes 1 to 3 s, of which Triton's cache saves all later ones.
-
-    A process that a candidate kills takes its task with it; the deadline then ends the wait.
-    """
-    tasks = [(op, number) for op in ops for number in range(len(SPACES[op].stages[0]))]
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(tasks))) as pool:
-        for result in [pool.apply_async(compile_candidate, task) for task in tasks]:
-            result.wait(max(0.0, deadline - time.monotonic()))
-
-
 def run(args: argparse.Namespace, ops: list[str]) -> Row:
     began = time.monotonic()
     deadline = began + args.max_seconds
     device = torch.device("cpu" if args.cpu_smoke else "cuda")
     record: Row = {"header": environment.header(device, args.commit), "results": []}
     if not args.cpu_smoke and args.jobs > 1:
-        compile_ahead(ops, args.jobs, began + args.max_seconds / 2)
+        tasks = [(compile_candidate, (op, number)) for op in ops for number in range(len(SPACES[op].stages[0]))]
+        ahead.run(tasks, args.jobs, args.max_seconds / 2)
         record["compiled_s"] = round(time.monotonic() - began, 1)
         print(f"compiled in {record['compiled_s']} s", file=sys.stderr, flush=True)
     tuner = Tuner(device, deadline, args.cpu_smoke)
@@ -205,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"any of {', '.join(SPACES)}; all by default")
     parser.add_argument("--max-seconds", type=float, default=240, help="for the whole run (default 240)")
-    parser.add_argument("--jobs", type=int, default=min(MOST_JOBS, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=ahead.MOST_JOBS, help="processes that compile")
     parser.add_argument("--json", metavar="OUT.json", help="write every time here")
     parser.add_argument("--commit", help="the commit to record where the checkout has no .git")
     parser.add_argument("--list", action="store_true", help="list shapes and candidates")
