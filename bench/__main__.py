@@ -20,7 +20,7 @@ import sys
 import torch
 from rich.console import Console
 
-from . import OPS, plot, report
+from . import OPS, ahead, plot, report
 from .runner import Options, Runner, cases_of
 
 
@@ -32,10 +32,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("cuda", "triton", "torch"), help="default: the best one for each call")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
     parser.add_argument(
-        "--all-peers", action="store_true", help="also peers that take long to compile; raise --max-seconds"
+        "--all-peers", action="store_true", help="every peer on every row, slow ones too; raise --max-seconds"
     )
     parser.add_argument("--no-peers", action="store_true", help="our own ops only")
-    parser.add_argument("--max-seconds", type=float, default=360, help="start no case after this long (default 360)")
+    parser.add_argument("--max-seconds", type=float, default=330, help="start no case after this long (default 330)")
+    parser.add_argument("--jobs", type=int, default=ahead.MOST_JOBS, help="processes that compile before the first row")
     parser.add_argument("--commit", help="the commit to record where the checkout has no .git")
     parser.add_argument("--json", metavar="OUT.json", help="write the record here")
     parser.add_argument("--plot", metavar="OUT.png", help="draw the curves here")
@@ -58,8 +59,10 @@ def options_of(args: argparse.Namespace) -> Options:
         ops=[op for op in OPS if not args.ops or op in args.ops],
         device=torch.device("cpu" if args.cpu_smoke or args.list else "cuda"),
         backend="torch" if args.cpu_smoke else args.backend,
-        seconds=0.05 if args.quick else 0.3,
+        seconds=0.05 if args.quick else 0.2,
         max_seconds=args.max_seconds,
+        ahead_seconds=args.max_seconds / 3,
+        jobs=args.jobs,
         quick=args.quick,
         tiny=args.cpu_smoke,
         peers=not args.no_peers,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .cases import DTYPES, Call, Case, Peer, Thunk, Work, rounding_problems
+from .peers import compiled
 from .shapes import VOCAB, rng
 
 
@@ -63,9 +64,8 @@ def _torch(_case: DraftTopk, calls: list[Call]) -> list[Thunk]:
 
 
 def _compiled(_case: DraftTopk, calls: list[Call]) -> list[Thunk]:
-    torch._dynamo.reset()
-    compiled = torch.compile(_log_probs, dynamic=False)
-    return [lambda c=c: compiled(*c.args)[:1] for c in calls]
+    function = compiled(_log_probs)
+    return [lambda c=c: function(*c.args)[:1] for c in calls]
 
 
 def _torch_topk(_case: DraftTopk, calls: list[Call]) -> list[Thunk]:

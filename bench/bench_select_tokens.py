@@ -10,6 +10,7 @@ import torch
 from specvlm_kernels import keep_count, reference
 
 from .cases import Call, Case, Peer, Thunk, Work
+from .peers import compiled
 from .shapes import rng
 
 
@@ -54,9 +55,8 @@ def _torch(_case: SelectTokens, calls: list[Call]) -> list[Thunk]:
 
 
 def _compiled(_case: SelectTokens, calls: list[Call]) -> list[Thunk]:
-    torch._dynamo.reset()
-    compiled = torch.compile(reference.select_tokens, dynamic=False)
-    return [lambda c=c: compiled(*c.args, **c.kwargs) for c in calls]
+    function = compiled(reference.select_tokens)
+    return [lambda c=c: function(*c.args, **c.kwargs) for c in calls]
 
 
 def _torch_topk(case: SelectTokens, calls: list[Call]) -> list[Thunk]:
@@ -71,7 +71,7 @@ def _flashinfer_top_k(case: SelectTokens, calls: list[Call]) -> list[Thunk]:
 
 PEERS = [
     Peer("torch, no host sync", _torch),
-    Peer("torch.compile", _compiled, slow=True),
+    Peer("torch.compile", _compiled, compiled=True),
     Peer("torch.topk alone", _torch_topk, whole=False),
     Peer("FlashInfer top_k alone", _flashinfer_top_k, whole=False, module="flashinfer"),
 ]

@@ -101,6 +101,11 @@ class Case:
     def reference(self, call: Call) -> Any:
         return getattr(reference, self.op)(*call.args, **call.kwargs)
 
+    def fresh(self, call: Call) -> list[Tensor]:
+        """What the best backend gives for a call, in new tensors; not for ops that change their inputs."""
+        kwargs = {name: value for name, value in call.kwargs.items() if name != "out"}
+        return self.outputs(call, self.run(Call(call.args, kwargs), None))
+
     def check(self, device: torch.device, backend: str) -> list[str]:
         """What is wrong with this case's results, by the reference; index results must be bitwise equal."""
         call, twin = self.inputs(device, 0), self.inputs(device, 0)
@@ -117,7 +122,7 @@ class Case:
         call, twin = self.inputs(device, 0), self.inputs(device, 0)
         got = self.outputs(call, peer.build(self, [call])[0]())
         want = self.outputs(twin, self.reference(twin))
-        return all(_close(g, w) for g, w in zip(got, want))
+        return all(close(g, w) for g, w in zip(got, want))
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class Peer:
         whole: whether it does all of the op's work; if not, `name` says what it leaves out.
         module: what must be importable.
         slow: takes long to compile; only with --all-peers.
+        compiled: torch.compile, once per row: on the rows with a target, on others only with --all-peers.
+        curve: also on the rows of a curve; other peers only with --all-peers.
         fits: (case) -> why it cannot run this case, or None.
     """
 
@@ -137,6 +144,8 @@ class Peer:
     whole: bool = True
     module: str | None = None
     slow: bool = False
+    compiled: bool = False
+    curve: bool = False
     fits: Callable[[Any], str | None] = lambda _: None
 
     def missing(self) -> str | None:
@@ -146,7 +155,8 @@ class Peer:
         return None
 
 
-def _close(got: Tensor, want: Tensor) -> bool:
+def close(got: Tensor, want: Tensor) -> bool:
+    """Equal integers, or floats that differ by rounding."""
     if not want.is_floating_point():
         return torch.equal(got.to(want.dtype), want)
     got, want = got.double().reshape(want.shape), want.double()

@@ -6,6 +6,7 @@ outside of the thunks: a server makes them once per tree, or once per round for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from .cases import Call, Peer, Thunk
 from .shapes import ancestor_mask, capacity
 
 FLASHINFER_WORKSPACE = 512 << 20
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one shape; compiled in this process, as daemons cannot start Inductor's pool of processes."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    inductor.compile_threads = 1
+    return torch.compile(function, dynamic=False)
 
 
 def visible(case: Any, call: Call) -> Tensor:
@@ -47,7 +57,7 @@ def sdpa(case: Any, calls: list[Call]) -> list[Thunk]:
 def flex_attention(case: Any, calls: list[Call]) -> list[Thunk]:
     """FlexAttention, compiled, with a block mask for the tree."""
     from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention as flex
+    from torch.nn.attention.flex_attention import flex_attention as eager
 
     device = calls[0].args[0].device
     context, n = case.contexts[0], case.nodes
@@ -57,13 +67,12 @@ def flex_attention(case: Any, calls: list[Call]) -> list[Thunk]:
         node = j - context
         return (node < 0) | ((node < n) & tree[i, node.clamp(0, n - 1)])
 
-    torch._dynamo.reset()
     mask = create_block_mask(visible_at, None, None, n, capacity(case.contexts, n), device=device)
-    compiled = torch.compile(flex, dynamic=False)
+    flex = compiled(eager)
 
     def thunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return answer(case, compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2))
+        return answer(case, flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2))
 
     return [lambda c=c: thunk(*c.args[:3]) for c in calls]
 
@@ -160,17 +169,26 @@ def _only_trees(case: Any) -> str | None:
     return "does all of a causal case" if case.causal else None
 
 
+def _flashinfer(case: Any) -> str | None:
+    return None if (case.head_dim, case.dtype) == (128, "bf16") else "compiled for bf16 and D 128 only, to save minutes"
+
+
+def _one_flashinfer(case: Any) -> str | None:
+    return _one_contiguous(case) or _flashinfer(case)
+
+
 ATTENTION = [
     Peer("SDPA + mask", sdpa, fits=_contiguous),
     Peer("FlexAttention", flex_attention, slow=True, fits=_one_contiguous),
-    Peer("FlashInfer single", flashinfer_single, module="flashinfer", fits=_one_contiguous),
-    Peer("FlashInfer paged", flashinfer_paged, module="flashinfer"),
-    Peer("FA3", flash_attention_3, module="flash_attn_interface", fits=_only_causal),
+    Peer("FlashInfer single", flashinfer_single, module="flashinfer", fits=_one_flashinfer),
+    Peer("FlashInfer paged", flashinfer_paged, module="flashinfer", curve=True, fits=_flashinfer),
+    Peer("FA3", flash_attention_3, module="flash_attn_interface", curve=True, fits=_only_causal),
     Peer(
         "FA3 without mask, context only",
         flash_attention_3_context,
         whole=False,
         module="flash_attn_interface",
+        curve=True,
         fits=_only_trees,
     ),
 ]

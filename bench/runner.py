@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
@@ -14,11 +15,13 @@ import torch
 
 import specvlm_kernels as sk
 
-from . import environment
-from .cases import Call, Case, Peer, Thunk
+from . import ahead, environment
+from .cases import Call, Case, Peer, Thunk, close
 from .harness import Chip, Replay, free_memory, make_sets, time_on_cpu
 
 Row = dict[str, Any]
+
+OWN_TASKS = 3  # processes that share the compilation of an op's rows
 
 
 class DeviceLostError(RuntimeError):
@@ -32,8 +35,11 @@ class Options:
     ops: list[str]
     device: torch.device
     backend: str | None = None
-    seconds: float = 0.3
-    max_seconds: float = 360.0
+    seconds: float = 0.2  # of samples per row; a peer gets half of it
+    max_seconds: float = 330.0
+    ahead_seconds: float = 110.0  # for compiling in `jobs` processes before anything is timed
+    compile_seconds: float = 60.0  # for torch.compile's peers, all together, of what is left then
+    jobs: int = 1
     quick: bool = False
     tiny: bool = False
     peers: bool = True
@@ -48,6 +54,16 @@ def cases_of(op: str, options: Options) -> list[Case]:
     return [case for case in module.CASES if case.quick or not options.quick]
 
 
+def peers_of(case: Case, options: Options) -> list[Peer]:
+    """The peers that a row is compared with by default, or all of them."""
+    if not options.peers:
+        return []
+    if options.all_peers:
+        return case.peers()
+    wanted = [peer for peer in case.peers() if not peer.slow and (peer.curve or not case.sweep)]
+    return [peer for peer in wanted if not peer.compiled or case.must is not None]
+
+
 @dataclass
 class Runner:
     """One run and its record; small shapes that several cases share are checked once."""
@@ -59,6 +75,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         options = self.options
+        self.compile_left = options.compile_seconds
         self.chip = Chip(options.device) if options.device.type == "cuda" else None
         self.record = {
             "header": environment.header(options.device, options.commit),
@@ -69,8 +86,12 @@ class Runner:
         free_memory()
 
     def run(self) -> dict[str, Any]:
-        """Checks and times everything; rows past the time limit are listed as not run."""
+        """Compiles, then checks and times everything; rows past the time limit are listed as not run."""
         began = time.perf_counter()
+        if self.chip and self.options.jobs > 1:
+            ahead.run(tasks_ahead(self.options), self.options.jobs, self.options.ahead_seconds)
+            self.record["compiled_s"] = round(time.perf_counter() - began, 1)
+            print(f"compiled for {self.record['compiled_s']} s", file=sys.stderr, flush=True)
         rows = [(case, self._new_row(case)) for op in self.options.ops for case in cases_of(op, self.options)]
         self.record["results"] = [row for _, row in rows]
         try:
@@ -124,7 +145,7 @@ class Runner:
         except torch.OutOfMemoryError:
             row.update(status="out of memory", detail="the GPU's memory did not suffice")
         except Exception as error:
-            row.update(status="error", detail=_first_line(error))
+            row.update(status="error", detail=first_line(error))
             self._require_device()
 
     def _require_device(self) -> None:
@@ -133,7 +154,7 @@ class Runner:
         try:
             torch.cuda.synchronize(self.chip.device)
         except RuntimeError as error:
-            raise DeviceLostError(_first_line(error)) from error
+            raise DeviceLostError(first_line(error)) from error
 
     def _time_op(self, case: Case, row: Row, calls: list[Call]) -> None:
         """Fills calls, for the peers to share."""
@@ -148,17 +169,16 @@ class Runner:
         if row["check"]:
             row.update(status="wrong", detail="; ".join(row["check"]))
             return
-        row.update(status="ok", **self._time(case, calls, [lambda c=c: case.run(c, backend) for c in calls]))
+        thunks = [lambda c=c: case.run(c, backend) for c in calls]
+        row.update(status="ok", **self._time(case, calls, thunks, self.options.seconds))
 
-    def _time(self, case: Case, calls: list[Call], thunks: list[Thunk]) -> dict[str, Any]:
+    def _time(self, case: Case, calls: list[Call], thunks: list[Thunk], seconds: float) -> dict[str, Any]:
         if self.chip:
-            return asdict(Replay(case, calls, thunks, self.chip).measure(self.options.seconds))
+            return asdict(Replay(case, calls, thunks, self.chip).measure(seconds))
         return asdict(time_on_cpu(calls[0], thunks[0]))
 
     def _time_peers(self, case: Case, row: Row, calls: list[Call]) -> None:
-        for peer in case.peers():
-            if peer.slow and not self.options.all_peers:
-                continue
+        for peer in peers_of(case, self.options):
             missing = peer.missing()
             if missing:
                 self.record["missing_peers"][peer.name] = missing
@@ -169,14 +189,71 @@ class Runner:
                 self._guard(entry, lambda p=peer, e=entry: self._time_peer(case, p, e, calls))
 
     def _time_peer(self, case: Case, peer: Peer, entry: Row, calls: list[Call]) -> None:
+        thunks = self._compiled(case, peer, entry, calls) if peer.compiled else self._built(case, peer, entry, calls)
+        if thunks:
+            entry.update(status="ok", **self._time(case, calls, thunks, self.options.seconds / 2))
+
+    def _compiled(self, case: Case, peer: Peer, entry: Row, calls: list[Call]) -> list[Thunk]:
+        """Checked at its full size against our own, checked result: every other shape would be one more compilation."""
+        if self.compile_left <= 0:
+            entry["detail"] = f"the {self.options.compile_seconds:.0f} s for torch.compile were over"
+            return []
+        began = time.perf_counter()
+        thunks = peer.build(case, calls)
+        got = case.outputs(calls[0], thunks[0]())
+        want = case.fresh(calls[0])[: len(got)]
+        same = all(map(close, got, want))
+        self.compile_left -= time.perf_counter() - began
+        if not same:
+            entry.update(status="wrong", detail="its result is not ours")
+        return thunks if same else []
+
+    def _built(self, case: Case, peer: Peer, entry: Row, calls: list[Call]) -> list[Thunk]:
         small = case.small().bare()
         key = (small, peer.name)
         if peer.whole and key not in self.agreed:
             self.agreed[key] = small.agrees(peer, self.options.device)
         if peer.whole and not self.agreed[key]:
             entry.update(status="wrong", detail="its result is not the reference's")
-            return
-        entry.update(status="ok", **self._time(case, calls, peer.build(case, calls)))
+            return []
+        return peer.build(case, calls)
+
+
+def tasks_ahead(options: Options) -> list[ahead.Task]:
+    """What is worth compiling in other processes, the longest first: modules of peers, graphs, then our own kernels."""
+    modules: dict[tuple[str, str], ahead.Task] = {}
+    graphs: list[ahead.Task] = []
+    own: list[ahead.Task] = []
+    for op in options.ops:
+        cases = cases_of(op, options)
+        for i, case in enumerate(cases):
+            for peer in peers_of(case, options):
+                if peer.missing() or peer.fits(case):
+                    continue
+                if peer.module:
+                    modules.setdefault((op, peer.name), (compile_peer, (op, i, peer.name, options)))
+                elif peer.compiled:
+                    graphs.append((compile_peer, (op, i, peer.name, options)))
+        rows = [i for i, case in enumerate(cases) if not case.sweep]
+        own += [(compile_own, (op, rows[first::OWN_TASKS], options)) for first in range(OWN_TASKS)]
+    return [*modules.values(), *graphs, *own]
+
+
+def compile_peer(op: str, index: int, name: str, options: Options) -> None:
+    case = cases_of(op, options)[index]
+    peer = next(peer for peer in case.peers() if peer.name == name)
+    case = case if peer.compiled else case.small().bare()
+    peer.build(case, [case.inputs(options.device, 0)])[0]()
+
+
+def compile_own(op: str, rows: list[int], options: Options) -> None:
+    for case in (cases_of(op, options)[i] for i in rows):
+        call = case.inputs(options.device, 0)
+        backend = options.backend or _best_backend(case, call)
+        with contextlib.suppress(sk.BackendUnavailableError):
+            case.run(call, backend)
+            case.small().bare().check(options.device, backend)
+        free_memory()
 
 
 def _best_backend(case: Case, call: Call) -> str:
@@ -188,6 +265,6 @@ def _best_backend(case: Case, call: Call) -> str:
     return found[1]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}"

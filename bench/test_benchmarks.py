@@ -6,7 +6,15 @@ python -m pytest bench --benchmark-json=OUT.json
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +23,12 @@ from rich.console import Console
 
 import specvlm_kernels as sk
 
-from . import OPS, bench_select_tokens, plot, report
+from . import OPS, ahead, bench_draft_topk, bench_select_tokens, plot, report, tune
 from .__main__ import main
-from .cases import Case
+from .cases import Case, Peer
 from .harness import Chip, Replay, free_memory, make_sets
-from .runner import Options, Runner, cases_of
+from .runner import Options, Runner, cases_of, compile_own, compile_peer, peers_of, tasks_ahead
+from .spaces import SPACES, Space, candidates
 
 GPU = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
@@ -74,7 +83,7 @@ def test_cpu_smoke(benchmark: Any, case: Case) -> None:
 @pytest.mark.parametrize("case", _params(CPU))
 def test_peers_do_the_same_work(case: Case) -> None:
     for peer in case.peers():
-        if peer.whole and not peer.slow and not peer.missing() and peer.fits(case) is None:
+        if peer.whole and not (peer.slow or peer.compiled) and not peer.missing() and peer.fits(case) is None:
             assert case.agrees(peer, CPU.device), peer.name
 
 
@@ -138,6 +147,57 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.is_failure(record)
 
 
+def test_compiled_peers_are_checked_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(_: Case, calls: list[Any]) -> list[Any]:
+        return [lambda c=c: sk.select_tokens(*c.args, **c.kwargs) for c in calls]
+
+    def wrong(_: Case, calls: list[Any]) -> list[Any]:
+        return [lambda c=c: sk.select_tokens(c.args[0] + 1, *c.args[1:], **c.kwargs) for c in calls]
+
+    peers = [Peer("right", right, compiled=True), Peer("wrong", wrong, compiled=True)]
+    monkeypatch.setattr(bench_select_tokens.SelectTokens, "peers", lambda _: peers)
+    monkeypatch.setattr(bench_select_tokens, "TINY", [bench_select_tokens.SelectTokens(tokens=199, must=1.0)])
+    options = Options(["select_tokens"], CPU.device, backend="torch", tiny=True)
+    (row,) = Runner(options).run()["results"]
+    assert {name: peer["status"] for name, peer in row["peers"].items()} == {"right": "ok", "wrong": "wrong"}
+    (row,) = Runner(replace(options, compile_seconds=0.0)).run()["results"]
+    assert all(peer["status"] == "not run" and "were over" in peer["detail"] for peer in row["peers"].values())
+
+
+def test_which_rows_have_which_peers() -> None:
+    options = Options(list(OPS), CPU.device)
+    names = {
+        (op, case.label): {peer.name for peer in peers_of(case, options)}
+        for op in OPS
+        for case in cases_of(op, options)
+        if case.must or case.sweep
+    }
+    for (op, label), found in names.items():
+        assert "FlexAttention" not in found
+        if op == "select_tokens":
+            assert {"torch.compile", "torch.topk alone"} <= found, label
+    text = names["token_scores", "Qwen2.5-VL-32B Hq40 Hkv8 T48 S25,088"]
+    assert text == {"published code (materialised)", "torch.compile"}
+    assert names["token_scores", "Qwen2.5-VL-32B Hq40 Hkv8 T512 S25,088"] == set()
+    assert "FlashInfer paged" in names["tree_attention", "Qwen2.5-VL-32B Hq40 Hkv8 n8 S16,384"]
+    everything = replace(options, all_peers=True)
+    assert all(peers_of(c, everything) == c.peers() for op in OPS for c in cases_of(op, everything))
+
+
+def test_ahead_of_time_work_is_bounded_and_quiet(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    tasks = [(Path.write_text, (done, "x")), (Path.read_text, (tmp_path / "missing",)), (time.sleep, (600,))]
+    began = time.monotonic()
+    assert ahead.run(tasks, 2, 10.0) == 2 and done.read_text() == "x"
+    assert time.monotonic() - began < 60 and ahead.run([], 2, 10.0) == 0
+    tasks = tasks_ahead(Options(["select_tokens"], CPU.device))
+    assert {task for task, _ in tasks} == {compile_peer, compile_own}
+    rows = [row for task, arguments in tasks if task is compile_own for row in arguments[1]]
+    assert sorted(rows) == list(range(len(bench_select_tokens.CASES)))
+    for task, arguments in tasks_ahead(replace(CPU, ops=["verify_greedy"])):
+        task(*arguments)
+
+
 def test_readme_table_is_replaced_between_its_markers(tmp_path: Any) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -168,3 +228,60 @@ def test_curves_are_drawn(tmp_path: Any) -> None:
     assert plot.plot(record, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert not plot.plot(_record(), tmp_path / "none.png")
+
+
+def test_tuning_runs_in_the_interpreter(tmp_path: Path) -> None:
+    out = tmp_path / "tuned.json"
+    command = [sys.executable, "-m", "bench.tune", "draft_topk", "--cpu-smoke", "--json", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["status"] == "ok" and row["refused"] == [] and len(row["candidates"]) >= 3
+    configs = [entry["config"] for entry in (row["present"], *row["candidates"])]
+    assert row["best"]["config"] in configs and len({str(config) for config in configs}) == len(configs)
+
+
+def test_tuning_takes_the_fastest_right_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warp count does not compile, one gives wrong tokens, one is right and faster than the present choice."""
+    good = bench_draft_topk.DraftTopk.reference
+    module = importlib.import_module("specvlm_kernels.triton.draft_topk")
+    monkeypatch.setattr(module, "config", lambda *_: {"num_warps": 1})
+    space = Space([[{"num_warps": n} for n in (2, 3, 4, 5)]], lambda present, _, knobs: {**present, **knobs})
+    monkeypatch.setitem(SPACES, "draft_topk", space)
+
+    def run(case: Case, call: Any, backend: str) -> Any:
+        warps = module.config(*call.args[0].shape, call.args[1])["num_warps"]
+        if warps == 2:
+            raise RuntimeError("out of resource: shared memory")
+        time.sleep({1: 0.02, 3: 0.0, 4: 0.01, 5: 0.03}[warps])
+        log_probs, ids = good(case, call)
+        return log_probs, ids + (warps == 3)
+
+    monkeypatch.setattr(bench_draft_topk.DraftTopk, "run", run)
+    row: dict[str, Any] = {"op": "draft_topk", "label": "", "candidates": [], "refused": []}
+    tuner = tune.Tuner(CPU.device, time.monotonic() + 60)
+    tuner.tune("draft_topk", bench_draft_topk.TINY[0], row)
+    assert row["best"]["config"] == {"num_warps": 4} and row["best"]["us"] < row["present"]["us"]
+    assert [entry["config"]["num_warps"] for entry in row["candidates"]] == [4, 5]
+    reasons = [entry["reason"] for entry in row["refused"]]
+    assert reasons == ["RuntimeError: out of resource: shared memory", "its result is not the present choice's"]
+    tuner.deadline = time.monotonic() - 1
+    with pytest.raises(tune.OutOfTimeError):
+        tuner.tune("draft_topk", bench_draft_topk.TINY[0], row)
+
+
+def test_tuning_lists_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["select_tokens", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "select_tokens: V4,096" in out and "stage 1: one_program=False programs=64" in out
+
+
+def test_candidates_fit_their_shape() -> None:
+    space = SPACES["tree_attention"]
+    few, many = ((1, n, 5, 8, 16384, 128, 2, 132) for n in (1, 64))
+    for arguments, blocks in ((few, {16, 32, 64}), (many, {64, 128})):
+        found = candidates("tree_attention", arguments, {}, space.stages[0])
+        assert {config["BLOCK_M"] for _, config in found} <= blocks
+        assert all(config["splits"] >= 1 and "resident" not in config for _, config in found)
+    select = [config for _, config in candidates("select_tokens", (1, 131072), {}, SPACES["select_tokens"].stages[0])]
+    assert select and not any(config["one_program"] for config in select)
