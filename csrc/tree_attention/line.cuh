@@ -88,6 +88,7 @@ struct ItemLine {
   __device__ ItemRun run(const int* prefix, int unit, int limit) const {
     ItemRun s;
     s.request = 0;
+    if (p.batch > 1)
 #pragma unroll 1
     while (prefix[s.request + 1] <= unit) ++s.request;
     s.context = context(s.request), s.live = live(s.request);

@@ -17,11 +17,7 @@ namespace specvlm {
 
 constexpr int kWarpgroup = 128;
 constexpr int kAttentionThreads = 3 * kWarpgroup;
-#ifndef SPECVLM_POLY
-#define SPECVLM_POLY 4
-#endif
-constexpr int kPolynomial = SPECVLM_POLY;  // one exponential in so many is a polynomial
-constexpr float kLag = 8.0f;               // how far (log2) a score may exceed the running reference before rescaling
+constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
 
 template <int D, int COLS>
 struct AttentionLayout {
@@ -126,22 +122,20 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       return;
     }
     // ---- producer
-    if (lane < 3) prefetch_map(lane == 0 ? &q_map : lane == 1 ? &k_map : &v_map);
-    constexpr int kBarriers = 2 * L::kStagesK + 2 * L::kStagesV + 2;
-    static_assert(kBarriers <= 32, "");
-    if (lane < kBarriers) {
-      std::uint64_t* mine = full_k + lane;
-      const bool full = mine < empty_k || (mine >= full_v && mine < empty_v) || mine == full_q;
-      ptx::mbarrier_init(mine, full ? 1 : 8);  // every consumer warp says that it is done with a stage
-      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    if (lane == 0) {
+      prefetch_map(&k_map);
+      prefetch_map(&q_map);
+      prefetch_map(&v_map);
     }
-    __syncwarp();
-    named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
     asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
     const int total = line.scan(prefix);
     const Cut cut(gridDim.x, total);
     volatile int *limit = prefix + 2 * (p.batch + 1), *slot = limit + 1;  // in registers they would cost spills
-    if (lane == 0) *limit = cut.start(blockIdx.x + 1), *slot = 0;
+    if (lane == 0) {
+      *limit = cut.start(blockIdx.x + 1);
+      *slot = 0;
+    }
+    named_barrier(kReady, 2 * kWarpgroup + 32);
     int unit = cut.start(blockIdx.x);
     const TileSource source{p, page_shift, min(page_shift, kTileShift)};
     __syncwarp();
@@ -154,9 +148,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         unit += s.units;
         if (s.begin == s.end) continue;
         if (lane == 0) {
-          run->request = s.request, run->head = s.head, run->row_tile = s.row_tile;
-          run->begin = s.begin, run->end = s.end, run->item_tiles = s.item_tiles;
-          run->context = s.context, run->live = s.live;
+          run->request = s.request;
+          run->head = s.head;
+          run->row_tile = s.row_tile;
+          run->begin = s.begin;
+          run->end = s.end;
+          run->item_tiles = s.item_tiles;
+          run->context = s.context;
+          run->live = s.live;
         }
         __syncwarp();
       }
@@ -198,7 +197,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     }
     wait_for_phase(empty_q, q_phase);
     if (lane == 0) {
-      runs[*slot].end = runs[*slot].begin = 0;  // no more
+      runs[*slot].begin = 0;  // no more
+      runs[*slot].end = 0;
       ptx::mbarrier_arrive(full_q);
     }
     return;
@@ -213,6 +213,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       *reinterpret_cast<uint4*>(shared + L::kQ + (i % kChunks / 8 * L::kRows + i / kChunks) * 128 + i % 8 * 16) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_proxy_async(ptx::space_shared);
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+      for (int i = threadIdx.x / 32; i < 2 * L::kStagesK + 2 * L::kStagesV + 2; i += 8) {
+        std::uint64_t* mine = full_k + i;
+        const bool full = mine < empty_k || (mine >= full_v && mine < empty_v) || mine == full_q;
+        ptx::mbarrier_init(mine, full ? 1 : 8);  // every consumer warp says that it is done with a stage
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    }
   }
   named_barrier(kReady, 2 * kWarpgroup + 32);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -271,8 +280,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   };
 
   // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
+#ifdef SPECVLM_NO_TURNS
+  auto take_turn = [] {};
+  auto pass_turn = [] {};
+#else
   const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
-  if (group_of_warps == 1) named_barrier_arrive(other_turn, 2 * kWarpgroup);
+  auto take_turn = [&] { named_barrier(my_turn, 2 * kWarpgroup); };
+  auto pass_turn = [&] { named_barrier_arrive(other_turn, 2 * kWarpgroup); };
+  if (group_of_warps == 1) pass_turn();
+#endif
 
   int k_stage = 0, v_stage = 0;
   std::uint32_t k_phase = 0, v_phase = 0, q_phase = 0;
@@ -314,10 +330,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     // awaited: the second runs while the pass takes the tile's exponentials. For the first tile the product with V is
     // of leftovers, which the next overwrites; in the pass after the last tile the product with K is, and nobody reads
     // it. Branches around them would make the compiler serialize all products, and separate code would be fetched cold.
+    bool k_ready = false;
 #pragma unroll 1
     for (int t = begin; t < end; ++t) {
-      wait_for_phase(full_k + k_stage, k_phase);
-      named_barrier(my_turn, 2 * kWarpgroup);
+      if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
+      take_turn();
       wgmma_keep(scores);
 #pragma unroll
       for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
@@ -331,7 +348,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       wgmma_commit();
       multiply_values(t - 1);
       wgmma_commit();
-      named_barrier_arrive(other_turn, 2 * kWarpgroup);
+      pass_turn();
       const int v_before = v_stage;
       if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
       wgmma_wait<1>();
@@ -405,8 +422,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       }
       const bool v_ready = phase_done(full_v + v_stage, v_phase);  // asked early: the answer takes 60 cycles
 #pragma unroll
-      for (int i = 0; i < COLS / 2; ++i)  // a quarter on the FMA units: the exponential unit alone would take longer
-        scores[i] = i % kPolynomial == kPolynomial - 1 ? exp2_polynomial(scores[i]) : exp2_fast(scores[i]);
+      for (int i = 0; i < COLS / 2; ++i) scores[i] = exp2_fast(scores[i]);
 #pragma unroll
       for (int c = 0; c < COLS / 4; ++c) sum[c] += scores[c / 2 * 4 + c % 2] + scores[c / 2 * 4 + 2 + c % 2];
       store_transposed(p_lane + p_offset, [&](int i) { return scores[i]; });
@@ -436,16 +452,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         if (t > begin) ptx::mbarrier_arrive(empty_v + v_before);
         if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
       }
+      k_ready = t + 1 == end || phase_done(full_k + k_stage, k_phase);
       ptx::fence_proxy_async(ptx::space_shared);
       named_barrier(barrier, kWarpgroup);
     }
-    named_barrier(my_turn, 2 * kWarpgroup);
+    take_turn();
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
     wgmma_fence();
     multiply_values(end - 1);
     wgmma_commit();
-    named_barrier_arrive(other_turn, 2 * kWarpgroup);
+    pass_turn();
     wgmma_wait<0>();
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
