@@ -92,7 +92,9 @@ def test_hard_rows(dtype, backend, device):
 
 @gpu_backends("draft_topk")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("vocab,k,pad", [(152064, 10, 0), (152064, 64, 0), (33333, 17, 3), (2049, 16, 1)])
+@pytest.mark.parametrize(
+    "vocab,k,pad", [(152064, 10, 0), (152064, 64, 0), (33333, 17, 3), (2049, 16, 1), (2**20, 64, 1)]
+)
 def test_hard_rows_of_real_sizes(vocab, k, pad, dtype, backend):
     check_hard_rows(vocab, k, backend, "cuda", dtype, pad)
 

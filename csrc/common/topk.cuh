@@ -10,7 +10,7 @@
 namespace specvlm {
 
 constexpr int kTopKMost = 64;
-constexpr int kTopKMaxParts = 128;
+constexpr int kTopKMaxParts = 160;  // 129 tiles of 8,192 cover 2^20 tokens wherever the row starts
 
 template <int MOST>
 struct TopKShared {
