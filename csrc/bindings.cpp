@@ -11,8 +11,11 @@
 
 #include "common/check.h"
 #include "specvlm/compact_kv.h"
+#include "specvlm/draft_topk.h"
+#include "specvlm/logits.h"
 #include "specvlm/token_scores.h"
 #include "specvlm/tree_attention.h"
+#include "specvlm/verify_greedy.h"
 
 namespace py = pybind11;
 
@@ -172,6 +175,71 @@ void bind_token_scores(py::module_& m) {
       py::arg("weight"), py::arg("bfloat16"), py::arg("stream"));
 }
 
+void bind_draft_topk(py::module_& m) {
+  py::class_<specvlm::DraftTopkPlan>(m, "DraftTopkPlan")
+      .def_readonly("per_thread", &specvlm::DraftTopkPlan::per_thread)
+      .def_readonly("parts", &specvlm::DraftTopkPlan::parts)
+      .def_readonly("workspace_entries", &specvlm::DraftTopkPlan::workspace_entries);
+  m.def("draft_topk_plan", &specvlm::draft_topk_plan, py::arg("rows"), py::arg("vocab"), py::arg("k"),
+        py::arg("aligned"), py::arg("multiprocessors"));
+  m.def(
+      "draft_topk",
+      [](const specvlm::DraftTopkPlan& plan, Address logits, std::int64_t row_stride, Address log_probs,
+         Address token_ids, Address workspace, int rows, int vocab, int k, float factor, specvlm::LogitsType dtype,
+         Address stream) {
+        specvlm::DraftTopkParams p{};
+        p.logits = pointer<const void>(logits);
+        p.row_stride = row_stride;
+        p.log_probs = pointer<float>(log_probs);
+        p.token_ids = pointer<std::int64_t>(token_ids);
+        p.workspace = pointer<std::uint64_t>(workspace);
+        p.rows = rows;
+        p.vocab = vocab;
+        p.k = k;
+        p.factor = factor;
+        p.dtype = dtype;
+        specvlm::draft_topk(p, plan, stream_of(stream));
+      },
+      py::arg("plan"), py::arg("logits"), py::arg("row_stride"), py::arg("log_probs"), py::arg("token_ids"),
+      py::arg("workspace"), py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("factor"), py::arg("dtype"),
+      py::arg("stream"));
+}
+
+void bind_verify_greedy(py::module_& m) {
+  m.def("verify_greedy_workspace", &specvlm::verify_greedy_workspace, py::arg("batch"), py::arg("nodes"),
+        py::arg("vocab"), py::arg("aligned"));
+  m.def(
+      "verify_greedy",
+      [](Address logits, Address tokens, Address parents, Address tree_lens, Address path, Address length,
+         Address next_token, Address workspace, std::int64_t batch_stride, std::int64_t node_stride,
+         std::int64_t tokens_stride, std::int64_t parents_stride, std::int64_t path_stride, int batch, int nodes,
+         int vocab, specvlm::LogitsType dtype, bool aligned, Address stream) {
+        specvlm::VerifyGreedyParams p{};
+        p.logits = pointer<const void>(logits);
+        p.tokens = pointer<const std::int64_t>(tokens);
+        p.parents = pointer<const std::int32_t>(parents);
+        p.tree_lens = pointer<const std::int32_t>(tree_lens);
+        p.path = pointer<std::int32_t>(path);
+        p.length = pointer<std::int32_t>(length);
+        p.next_token = pointer<std::int64_t>(next_token);
+        p.workspace = pointer<std::uint64_t>(workspace);
+        p.batch_stride = batch_stride;
+        p.node_stride = node_stride;
+        p.tokens_stride = tokens_stride;
+        p.parents_stride = parents_stride;
+        p.path_stride = path_stride;
+        p.batch = batch;
+        p.nodes = nodes;
+        p.vocab = vocab;
+        p.dtype = dtype;
+        specvlm::verify_greedy(p, aligned, stream_of(stream));
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("parents"), py::arg("tree_lens"), py::arg("path"),
+      py::arg("length"), py::arg("next_token"), py::arg("workspace"), py::arg("batch_stride"), py::arg("node_stride"),
+      py::arg("tokens_stride"), py::arg("parents_stride"), py::arg("path_stride"), py::arg("batch"), py::arg("nodes"),
+      py::arg("vocab"), py::arg("dtype"), py::arg("aligned"), py::arg("stream"));
+}
+
 void bind_compact_kv(py::module_& m) {
   m.def(
       "compact_kv",
@@ -216,7 +284,13 @@ void bind_compact_kv(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of specvlm_kernels; call them through the package's functions.";
   m.def("architectures", &architectures, "Compute capabilities built in, such as 80 or 90a; 80+PTX is portable code.");
+  py::enum_<specvlm::LogitsType>(m, "LogitsType")
+      .value("BFLOAT16", specvlm::LogitsType::kBFloat16)
+      .value("FLOAT16", specvlm::LogitsType::kFloat16)
+      .value("FLOAT32", specvlm::LogitsType::kFloat32);
   bind_tree_attention(m);
   bind_token_scores(m);
+  bind_draft_topk(m);
+  bind_verify_greedy(m);
   bind_compact_kv(m);
 }

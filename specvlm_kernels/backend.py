@@ -205,3 +205,24 @@ def misaligned(name: str, x: Tensor) -> str | None:
             f"strides {tuple(x.stride())})"
         )
     return None
+
+
+def not_for_cuda_logits(logits: Tensor, *, batch: int) -> str | None:
+    """What the CUDA kernels over the vocabulary cannot take."""
+    if logits.dtype == torch.float64:
+        return "the kernel takes bf16, fp16 and fp32, got torch.float64"
+    if logits.shape[-1] > 1 << 20:
+        return f"at most {1 << 20} tokens in the vocabulary, got {logits.shape[-1]}"
+    return None if batch <= 4096 else f"at most 4096 rows or requests in a call, got {batch}"
+
+
+def logits_type(logits: Tensor) -> Any:
+    """The extension's name of a dtype of logits."""
+    names = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32"}
+    return getattr(extension()[0].LogitsType, names[logits.dtype])
+
+
+def rows_aligned(logits: Tensor) -> bool:
+    """Whether every row of logits starts at a multiple of 16 bytes; the kernels take any rows, these in fewer CTAs."""
+    unit = 16 // logits.element_size()
+    return logits.data_ptr() % 16 == 0 and not any(stride % unit for stride in logits.stride()[:-1])

@@ -10,6 +10,7 @@ from kit import (
     backends,
     bitwise_equal_reruns,
     gpu_backends,
+    randint,
     randn,
     replayed,
     with_both_poisons,
@@ -48,6 +49,56 @@ def test_ties_go_to_the_lower_id_and_nan_is_last(backend, device):
     assert sk.draft_topk(same, 20, backend=backend)[1].tolist() == [list(range(20))] * 2
 
 
+HARD_ROWS = {
+    "all equal": lambda v: torch.full((v,), 1.5),
+    "ascending": lambda v: torch.linspace(-20, 20, v),
+    "descending": lambda v: torch.linspace(20, -20, v),
+    "runs of equals": lambda v: (torch.arange(v) // 300 % 7).float(),
+    "five values": lambda v: randint(-2, 3, (v,), seed=1).float(),
+    "zeros of both signs": lambda v: torch.where(randn(v, seed=2) > 0, 0.0, -0.0),
+    "denormals": lambda v: randn(v, seed=3) * 1e-39,
+    "far from 0": lambda v: randn(v, seed=4) + 1000,
+    "half NaN": lambda v: torch.where(randn(v, seed=5) > 0, float("nan"), randn(v, seed=6)),
+    "all NaN": lambda v: torch.full((v,), float("nan")),
+    "mostly -inf": lambda v: torch.where(randn(v, seed=7) < 2.5, float("-inf"), randn(v, seed=8)),
+    "all -inf": lambda v: torch.full((v,), float("-inf")),
+    "some inf": lambda v: torch.where(randn(v, seed=9) > 2.5, float("inf"), randn(v, seed=10)),
+}
+
+
+def check_hard_rows(vocab, k, backend, device, dtype, pad=0):
+    """All of them in one call; with `pad`, rows start between the 16-byte boundaries."""
+    rows = torch.stack([make(vocab) for make in HARD_ROWS.values()]).to(dtype)
+    held = torch.full((len(rows), vocab + pad), float("nan"), dtype=dtype, device=device)
+    held[:, pad:] = rows.to(device)
+    log_probs, ids = sk.draft_topk(held[:, pad:], k, temperature=0.7, backend=backend)
+    want, want_ids = sk.reference.draft_topk(rows.double(), k, temperature=0.7)
+    plain, _ = sk.reference.draft_topk(rows.float(), k, temperature=0.7)
+    for r, name in enumerate(HARD_ROWS):
+        if name == "denormals" and (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+            continue  # Triton's interpreter does not convert them exactly
+        assert torch.equal(ids[r].cpu(), want_ids[r]), name
+        known = ~want[r].isnan()
+        assert torch.equal(log_probs[r].cpu().isnan(), ~known), name
+        if known.any():
+            assert_close_enough(log_probs[r].cpu()[known], want[r][known], plain[r][known])
+
+
+@backends("draft_topk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hard_rows(dtype, backend, device):
+    check_hard_rows(2500, 20, backend, device, dtype)
+
+
+@gpu_backends("draft_topk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "vocab,k,pad", [(152064, 10, 0), (152064, 64, 0), (33333, 17, 3), (2049, 16, 1), (2**20, 64, 1)]
+)
+def test_hard_rows_of_real_sizes(vocab, k, pad, dtype, backend):
+    check_hard_rows(vocab, k, backend, "cuda", dtype, pad)
+
+
 @backends("draft_topk")
 def test_leading_dims_and_slices_of_the_vocabulary(backend, device):
     logits = randn(2, 3, 250, device=device)
@@ -67,6 +118,21 @@ def test_every_output_is_written_and_reruns_are_equal(backend, device):
         log_probs = Guarded((4, 10), torch.float32, device, poison)
         ids = Guarded((4, 10), torch.int64, device, int_poison)
         module._run(logits, 10, 1.0, log_probs.tensor, ids.tensor, backend)
+        return [log_probs, ids]
+
+    with_both_poisons(run)
+
+
+@gpu_backends("draft_topk")
+@pytest.mark.parametrize("rows,vocab,k", [(1, 152064, 10), (26, 152064, 10), (5, 9001, 64)])
+def test_many_ctas_write_every_output_and_rerun_bitwise(rows, vocab, k, backend):
+    logits = randn(rows, vocab, dtype=torch.bfloat16, device="cuda") * 3
+    bitwise_equal_reruns(lambda: sk.draft_topk(logits, k, temperature=0.8, backend=backend), times=50)
+
+    def run(poison, int_poison):
+        log_probs = Guarded((rows, k), torch.float32, "cuda", poison)
+        ids = Guarded((rows, k), torch.int64, "cuda", int_poison)
+        module._run(logits, k, 0.8, log_probs.tensor, ids.tensor, backend)
         return [log_probs, ids]
 
     with_both_poisons(run)
@@ -103,6 +169,35 @@ def test_real_sizes(rows, backend):
 def test_graph_replays_with_other_logits(backend):
     logits = randn(4, 152064, dtype=torch.bfloat16, device="cuda")
     graph, got = replayed(lambda: sk.draft_topk(logits, 10, backend=backend))
-    logits.copy_(randn(4, 152064, seed=1))
-    graph.replay()
-    assert torch.equal(got[1], sk.reference.draft_topk(logits, 10)[1])
+    for seed in (1, 2, 3):
+        logits.copy_(torch.zeros_like(logits) if seed == 2 else randn(4, 152064, seed=seed))
+        graph.replay()
+        want, want_ids = sk.reference.draft_topk(logits.double(), 10)
+        assert torch.equal(got[1], want_ids)
+        assert float((got[0] - want).abs().max()) < 1e-4
+
+
+@gpu_backends("draft_topk")
+def test_streams_do_not_disturb_each_other(backend):
+    """Launches in flight together count their CTAs' arrivals apart."""
+    streams = [torch.cuda.Stream() for _ in range(6)]
+    logits = [randn(7, 40011, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in range(6)]
+    want = [sk.reference.draft_topk(x, 10)[1] for x in logits]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        got = []
+        for stream, x in zip(streams, logits):
+            with torch.cuda.stream(stream):
+                got.append(sk.draft_topk(x, 10, backend=backend)[1])
+        torch.cuda.synchronize()
+        for a, b in zip(got, want):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_the_cuda_kernel_says_what_it_cannot_take():
+    logits = torch.zeros(1, 199, device="cuda")
+    for call, reason in [((logits.double(), 3), "float64"), ((logits, 65), "k=65")]:
+        assert reason in sk.explain("draft_topk", *call)
+        with pytest.raises(sk.BackendUnavailableError, match=reason):
+            sk.draft_topk(*call, backend="cuda")

@@ -113,6 +113,74 @@ def test_every_output_is_written_and_reruns_are_equal(backend, device):
     with_both_poisons(run)
 
 
+@backends("verify_greedy")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_without_a_plain_maximum(dtype, backend, device):
+    """Equal, infinite, NaN and signed-zero logits, in rows that start between 16-byte boundaries."""
+    vocab, nan, inf = 2051, float("nan"), float("inf")
+    rows = torch.zeros(9, vocab)
+    rows[1, 1777:] = 1e-39 if dtype != torch.float16 else 6e-8
+    rows[2, :] = nan
+    rows[3, :] = -inf
+    rows[3, :5] = nan
+    rows[4, 1500:] = -0.0
+    rows[4, :1500] = -1
+    rows[4, 1600] = 0.0
+    rows[5, [600, 2050]] = inf
+    rows[6] = torch.linspace(-5, 5, vocab)
+    rows[7] = torch.linspace(5, -5, vocab)
+    rows[8, ::2] = nan
+    held = torch.zeros(1, 9, vocab + 5, dtype=dtype, device=device)
+    logits = held[..., 5:]
+    logits.copy_(rows)
+    want = [argmax(row) for row in logits[0]]
+    assert want[:6] == [0, 1777, 0, 0, 1500, 600] and want[7:] == [0, 1]
+    tokens = torch.tensor([[0, *want[:-1]]], device=device)
+    parents = torch.arange(-1, 8, dtype=torch.int32, device=device)
+    got = sk.verify_greedy(logits, tokens, parents, backend=backend)
+    assert got.path.tolist() == [[*range(1, 9), -1]] and got.next_token.tolist() == want[-1:]
+
+
+@gpu_backends("verify_greedy")
+@pytest.mark.parametrize("n", [1, 26, 64, 128, 256])
+def test_hostile_trees_of_real_sizes(n, backend):
+    """Any parents, tokens and lengths, against the reference; reruns and other streams change nothing."""
+    b, vocab = 3, 20011
+    logits = randn(b, n, vocab, dtype=torch.bfloat16, device="cuda")
+    best = logits.float().argmax(-1)
+    for seed in range(4):
+        parents = torch.stack([random_tree(n, seed + r) for r in range(b)])
+        tokens = torch.gather(best.cpu(), 1, parents.long().clamp(min=0))
+        wild = randn(b, n, seed=seed) > 1
+        parents = torch.where(wild, randint(-5, n + 5, (b, n), seed=seed, dtype=torch.int32), parents)
+        parents[wild & (randn(b, n, seed=seed + 9) > 1)] = 2**31 - 1
+        tokens[randn(b, n, seed=seed + 5) > 1.5] = 2**62
+        lens = randint(-1, n + 3, (b,), seed=seed, dtype=torch.int32).cuda() if seed % 2 else None
+        call = (logits, tokens.cuda(), parents.cuda())
+        want = sk.reference.verify_greedy(*call, tree_lens=lens)
+        for _ in range(10):
+            got = sk.verify_greedy(*call, tree_lens=lens, backend=backend)
+            for x, y in zip(got, want):
+                assert torch.equal(x, y)
+
+
+@gpu_backends("verify_greedy")
+def test_streams_do_not_disturb_each_other(backend):
+    """Launches in flight together count their CTAs' arrivals apart."""
+    streams = [torch.cuda.Stream() for _ in range(6)]
+    problems = [problem(2, 12, 20011, "cuda", seed, torch.bfloat16) for seed in range(6)]
+    want = [sk.reference.verify_greedy(*call) for call in problems]
+    torch.cuda.synchronize()
+    for _ in range(30):
+        got = []
+        for stream, call in zip(streams, problems):
+            with torch.cuda.stream(stream):
+                got.append(sk.verify_greedy(*call, backend=backend))
+        torch.cuda.synchronize()
+        for a, b in zip(got, want):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
 def test_bad_arguments():
     ok = dict(logits=torch.zeros(2, 3, 9), tokens=torch.zeros(2, 3, dtype=torch.int64),
               parents=torch.tensor([-1, 0, 0], dtype=torch.int32))  # fmt: skip

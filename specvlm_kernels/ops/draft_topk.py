@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, not_for_triton, register
+from ..backend import (
+    Tier,
+    extension,
+    logits_type,
+    multiprocessors,
+    not_for_cuda_logits,
+    not_for_triton,
+    register,
+    rows_aligned,
+)
 from ..reference.draft_topk import draft_topk as reference
 
 OP = register("draft_topk")
@@ -77,6 +88,41 @@ def _torch(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_
     token_ids.copy_(top_ids)
 
 
+MOST_CUDA_TOKENS = 64  # csrc/include/specvlm/draft_topk.h
+
+
+def _cuda_missing(logits: Tensor, k: int, *_: object) -> str | None:
+    if reason := not_for_cuda_logits(logits, batch=logits.shape[0]):
+        return reason
+    return None if k <= MOST_CUDA_TOKENS else f"at most {MOST_CUDA_TOKENS} tokens a row, got k={k}"
+
+
+@functools.cache
+def _plan(rows: int, vocab: int, k: int, aligned: bool, index: int | None) -> Any:
+    return extension()[0].draft_topk_plan(rows, vocab, k, aligned, multiprocessors(index))
+
+
+def _cuda(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> None:
+    rows, vocab = logits.shape
+    plan = _plan(rows, vocab, k, rows_aligned(logits), logits.device.index)
+    workspace = torch.empty(plan.workspace_entries, dtype=torch.int64, device=logits.device)
+    with torch.cuda.device(logits.device):
+        extension()[0].draft_topk(
+            plan=plan,
+            logits=logits.data_ptr(),
+            row_stride=logits.stride(0),
+            log_probs=log_probs.data_ptr(),
+            token_ids=token_ids.data_ptr(),
+            workspace=workspace.data_ptr(),
+            rows=rows,
+            vocab=vocab,
+            k=k,
+            factor=min(math.log2(math.e) / temperature, 1e30),  # float32's range
+            dtype=logits_type(logits),
+            stream=torch.cuda.current_stream(logits.device).cuda_stream,
+        )
+
+
 def _triton(*call: Any) -> None:
     from ..triton.draft_topk import draft_topk as kernel
 
@@ -91,5 +137,6 @@ def _triton_missing(logits: Tensor, k: int, *_: object) -> str | None:
     return None if k <= 64 else f"at most 64 tokens a row, got k={k}"
 
 
+OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, not_for_triton, register
+from ..backend import Tier, extension, logits_type, not_for_cuda_logits, not_for_triton, register, rows_aligned
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_greedy import verify_greedy as reference
 
@@ -121,6 +121,55 @@ def _torch(
         given.copy_(computed)
 
 
+MOST_CUDA_NODES = 4096  # csrc/include/specvlm/verify_greedy.h
+
+
+def _cuda_missing(logits: Tensor, *_: object) -> str | None:
+    if reason := not_for_cuda_logits(logits, batch=logits.shape[0]):
+        return reason
+    n = logits.shape[1]
+    return None if n <= MOST_CUDA_NODES else f"at most {MOST_CUDA_NODES} nodes, got {n}"
+
+
+def _cuda(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    tree_lens: Tensor | None,
+    path: Tensor,
+    length: Tensor,
+    next_token: Tensor,
+) -> None:
+    module, _ = extension()
+    b, n, vocab = logits.shape
+    aligned = rows_aligned(logits)
+    workspace = torch.empty(
+        module.verify_greedy_workspace(b, n, vocab, aligned), dtype=torch.int64, device=logits.device
+    )
+    with torch.cuda.device(logits.device):
+        module.verify_greedy(
+            logits=logits.data_ptr(),
+            tokens=tokens.data_ptr(),
+            parents=parents.data_ptr(),
+            tree_lens=tree_lens.data_ptr() if tree_lens is not None else 0,
+            path=path.data_ptr(),
+            length=length.data_ptr(),
+            next_token=next_token.data_ptr(),
+            workspace=workspace.data_ptr(),
+            batch_stride=logits.stride(0),
+            node_stride=logits.stride(1),
+            tokens_stride=tokens.stride(0),
+            parents_stride=parents.stride(0),
+            path_stride=path.stride(0),
+            batch=b,
+            nodes=n,
+            vocab=vocab,
+            dtype=logits_type(logits),
+            aligned=aligned,
+            stream=torch.cuda.current_stream(logits.device).cuda_stream,
+        )
+
+
 def _triton(*call: Any) -> None:
     from ..triton.verify_greedy import verify_greedy as kernel
 
@@ -134,5 +183,6 @@ def _triton_missing(logits: Tensor, tokens: Tensor, *_: object) -> str | None:
     return None if n <= 4096 else f"at most 4096 nodes, got {n}"
 
 
+OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)
