@@ -218,6 +218,15 @@ def test_smoke_run_writes_a_record_and_compares(tmp_path: Any, capsys: pytest.Ca
     assert "geomean of B/A over 2 shapes: 1.00" in capsys.readouterr().out
 
 
+def test_overhead_names_every_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "overhead.json"
+    assert main(["--overhead", "--cpu-smoke", "--json", str(out)]) == 0
+    entries = json.loads(out.read_text())["overhead"]
+    assert [entry["op"] for entry in entries] == list(OPS)
+    assert all(0 < entry["fastest_us"] <= entry["mean_us"] for entry in entries)
+    assert "must: 15 us" in capsys.readouterr().out
+
+
 def test_curves_are_drawn(tmp_path: Any) -> None:
     record = _record()
     record["results"] = []

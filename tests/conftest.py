@@ -1,6 +1,7 @@
 """Settings for every test: no hub, Triton's interpreter where there is no GPU, and an honest count of GPU tests."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
@@ -38,6 +39,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     without_gpu = sum("no NVIDIA GPU" in str(report.longrepr) for report in skipped)
     terminalreporter.write_line(f"GPU tests not run, for want of an NVIDIA GPU: {without_gpu}")
-    limits = sum("limit of the kernel" in str(report.longrepr) for report in skipped)
-    if limits:
-        terminalreporter.write_line(f"tests skipped for a stated limit of a kernel: {limits}")
+    others = Counter(_reason(report) for report in skipped if "no NVIDIA GPU" not in str(report.longrepr))
+    for reason, count in others.most_common():
+        terminalreporter.write_line(f"skipped, {count}: {reason}")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped, in one line; the place is left out, so that equal reasons are counted together."""
+    text = report.longrepr[-1] if isinstance(report.longrepr, (tuple, list)) else str(report.longrepr)
+    return text.removeprefix("Skipped: ").split("\n")[0]
