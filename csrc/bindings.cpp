@@ -132,7 +132,7 @@ void bind_token_scores(py::module_& m) {
          const Strides& k_strides, std::int64_t lse_batch_stride, std::int64_t lse_token_stride,
          std::int64_t mask_batch_stride, std::int64_t page_table_stride, std::int64_t out_batch_stride, int batch,
          int queries, int q_heads, int kv_heads, int head_dim, int capacity, int page_size, int pages, int max_pages,
-         int span_start, int span_len, float scale, float weight, bool bfloat16, Address stream) {
+         int span_start, int span_len, double scale, float weight, bool bfloat16, Address stream) {
         specvlm::TokenScoresParams p{};
         p.q = pointer<const void>(q);
         p.k = pointer<const void>(k);

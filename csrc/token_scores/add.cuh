@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/check.h"
+#include "common/launch.h"
 #include "token_scores/span.cuh"
 
 namespace specvlm {
@@ -42,19 +43,17 @@ __global__ void __launch_bounds__(kAddThreads) token_scores_add_kernel(const __g
   *out = before + sum * (p.weight / (static_cast<float>(p.q_heads) * static_cast<float>(counted)));
 }
 
-// overlap: starts while the kernel before it drains, and waits for it; only where that kernel is of sm_90a.
+// OVERLAP: starts while the kernel before it drains, and waits for it; only where that kernel is of sm_90a.
 template <bool OVERLAP>
 void launch_token_scores_add(const TokenScoresParams& p, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3((p.span_len + kAddThreads - 1) / kAddThreads, p.batch);
-  config.blockDim = dim3(kAddThreads);
-  config.stream = stream;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = OVERLAP ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, token_scores_add_kernel<OVERLAP>, p), "token_scores add launch");
+  const dim3 grid((p.span_len + kAddThreads - 1) / kAddThreads, p.batch);
+  if constexpr (OVERLAP) {
+    prepare_kernel<token_scores_add_kernel<OVERLAP>>(0);
+    launch_overlapped(token_scores_add_kernel<OVERLAP>, grid, dim3(kAddThreads), 0, stream, p);
+  } else {
+    token_scores_add_kernel<OVERLAP><<<grid, kAddThreads, 0, stream>>>(p);
+    check_cuda(cudaGetLastError(), "token_scores add launch");
+  }
 }
 
 }  // namespace specvlm

@@ -67,14 +67,8 @@ __global__ void __launch_bounds__(kSm80Threads) token_scores_sm80_kernel(const _
                     address + (warp * 32 + m * 16 + lane % 16) * kRowBytes + ((2 * step + lane / 16) ^ lane % 8) * 16);
   __syncthreads();
 
-  const float scale = p.scale * 1.4426950408889634f;  // scores in log2
-  auto minus_lse = [&](int row) {                     // -inf for rows that do not count
-    float lse = __int_as_float(0x7f800000);
-    const int query = row / group;
-    if (row < rows && (p.query_mask == nullptr || p.query_mask[request * p.mask_batch_stride + query]))
-      lse = p.lse[request * p.lse_batch_stride + query * p.lse_token_stride + head * group + row % group];
-    return isinf(lse) ? __int_as_float(0xff800000) : -1.4426950408889634f * lse;
-  };
+  const float scale = log2_scale(p);
+  auto row_lse = [&](int row) { return minus_lse(p, request, row / group, head * group + row % group); };
   auto copy_block = [&](int block, float lse) {  // rows that do not count become 0: they may hold NaN
     const int row = block * kSm80Rows + copy_row;
     const bool there = !isinf(lse);
@@ -131,13 +125,13 @@ __global__ void __launch_bounds__(kSm80Threads) token_scores_sm80_kernel(const _
   };
 
   const int blocks = (rows + kSm80Rows - 1) / kSm80Rows;
-  copy_block(0, minus_lse(copy_row));
-  float next_lse = minus_lse(kSm80Rows + copy_row);  // a block ahead of its rows: they wait for it
+  copy_block(0, row_lse(copy_row));
+  float next_lse = row_lse(kSm80Rows + copy_row);  // a block ahead of its rows: they wait for it
   for (int block = 0; block < blocks; ++block) {
     copy_async_wait<0>();
     __syncthreads();  // the block is there, and the other buffer is free
     if (block + 1 < blocks) copy_block(block + 1, next_lse);
-    next_lse = minus_lse((block + 2) * kSm80Rows + copy_row);
+    next_lse = row_lse((block + 2) * kSm80Rows + copy_row);
     if (masked)
       add_block(std::true_type{}, block);
     else

@@ -88,20 +88,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
   const Span span{p};
   const int group = p.q_heads / p.kv_heads, chunk_rows = plan.chunk_queries * group;
 
-  if (threadIdx.x < 32) {  // units before each request: a scan over the batch
-    int before = 0;
-    for (int first = 0; first < p.batch; first += 32) {
-      const int request = first + threadIdx.x, tiles = request < p.batch ? span.tiles(request) : 0;
-      int sum = tiles > 0 ? p.kv_heads * (tiles + kHeadCost) : 0;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, step);
-        if (static_cast<int>(threadIdx.x) >= step) sum += other;
-      }
-      if (request < p.batch) prefix[request + 1] = before + sum;
-      before += __shfl_sync(~0u, sum, 31);
-    }
-    if (threadIdx.x == 0) prefix[0] = 0;
-  } else if (threadIdx.x == kConsumers) {
+  if (threadIdx.x == kConsumers) {
     prefetch_map(&q_map);
     prefetch_map(&k_map);
     for (int s = 0; s < plan.stages; ++s) {
@@ -119,6 +106,21 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
         make_uint4(0, 0, 0, 0);
   }
   ptx::fence_proxy_async(ptx::space_shared);
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
+  if (threadIdx.x < 32) {                               // units before each request: a scan over the batch
+    int before = 0;
+    for (int first = 0; first < p.batch; first += 32) {
+      const int request = first + threadIdx.x, tiles = request < p.batch ? span.tiles(request) : 0;
+      int sum = tiles > 0 ? p.kv_heads * (tiles + kHeadCost) : 0;
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (static_cast<int>(threadIdx.x) >= step) sum += other;
+      }
+      if (request < p.batch) prefix[request + 1] = before + sum;
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    if (threadIdx.x == 0) prefix[0] = 0;
+  }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;\n");
 
@@ -179,10 +181,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
   const int lane = threadIdx.x % 32;
-  // Scores in log2. A scale of 0 would not let a product of infinity hide anything; 1e-30 has the same effect.
-  const float scale = copysignf(fmaxf(fabsf(p.scale) * 1.4426950408889634f, 1e-30f), p.scale);
-  const float hiding = copysignf(3.0e38f, -p.scale);
-  const std::uint32_t q_low = swizzled_operand(shared_address(shared + layout.q));
+  const float scale = log2_scale(p);
+  const float hiding = copysignf(3.0e38f, -scale);
+  const std::uint32_t q_operand = swizzled_operand(shared_address(shared + layout.q));
   // where this lane's row of ldmatrix begins: 16 positions of the warp, the 16-byte chunks of a row swizzled
   const std::uint32_t k_lane =
       shared_address(shared + layout.k) + (warp * 16 + lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16;
@@ -216,16 +217,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
                      first_query + c * plan.chunk_queries, s.request, q_full + c, kEvictLast);
         }
       }
-      auto minus_lse = [&](int row) {  // -inf for rows that do not count
-        const int query = first_query + row / group;
-        float lse = __int_as_float(0x7f800000);
-        if (row < rows && (p.query_mask == nullptr || p.query_mask[s.request * p.mask_batch_stride + query]))
-          lse = p.lse[s.request * p.lse_batch_stride + query * p.lse_token_stride + s.head * group + row % group];
-        return isinf(lse) ? __int_as_float(0xff800000) : -1.4426950408889634f * lse;
-      };
       bool left_out = false;
       for (int row = threadIdx.x; row < plan.rows; row += kConsumers) {
-        const float value = minus_lse(row);
+        const int query = row < rows ? first_query + row / group : p.queries;  // past the rows: none
+        const float value = minus_lse(p, s.request, query, s.head * group + row % group);
         lse_shared[lse_slot(row)] = value;
         left_out |= row < rows && isinf(value);
       }
@@ -263,7 +258,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
         for (; ready < plan.chunks && ready * chunk_rows < (block + 1) * N; ++ready)
           wait_for_phase(q_full + ready, q_phase);
         // the shuffle puts it into a uniform register, where wgmma wants its descriptors
-        const std::uint32_t q_block = __shfl_sync(~0u, q_low + block * (N * 128 / 16), 0);
+        const std::uint32_t q_block = __shfl_sync(~0u, q_operand + block * (N * 128 / 16), 0);
         wgmma_keep(acc);
         wgmma_keep(keys);
         wgmma_fence();

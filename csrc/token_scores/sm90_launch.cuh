@@ -31,11 +31,10 @@ void launch_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan&
                       {{p.kv_heads, p.k_strides.head, 1},
                        {paged ? p.page_size : p.capacity, p.k_strides.token, paged ? std::min(p.page_size, 64) : 64},
                        {paged ? p.pages : p.batch, p.k_strides.batch, 1}});
-  const auto kernel = token_scores_kernel<T, D, N, WARPGROUPS, POLYNOMIAL>;
   const int shared = scores_layout(D, plan.rows, plan.stages, p.batch).bytes;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
-  kernel<<<plan.ctas, (WARPGROUPS + 1) * 128, shared, stream>>>(p, plan, q_map, k_map);
-  check_cuda(cudaGetLastError(), "token_scores launch");
+  prepare_kernel<token_scores_kernel<T, D, N, WARPGROUPS, POLYNOMIAL>>(shared);
+  launch_overlapped(token_scores_kernel<T, D, N, WARPGROUPS, POLYNOMIAL>, dim3(plan.ctas), dim3((WARPGROUPS + 1) * 128),
+                    shared, stream, p, plan, q_map, k_map);
   launch_token_scores_add<true>(p, stream);
 }
 

@@ -32,6 +32,21 @@ struct Span {
   }
 };
 
+// Scores in log2. A scale of 0 would not let a product of infinity hide anything; 1e-30 has the same effect.
+__device__ __forceinline__ float log2_scale(const TokenScoresParams& p) {
+  const float scale = static_cast<float>(p.scale * 1.4426950408889634);
+  return copysignf(fmaxf(fabsf(scale), 1e-30f), scale);
+}
+
+// The negated lse of a packed row (query, head of the group) in log2; -inf for rows that do not count. log2(e) in two
+// parts: rounded to one float it would make every score 1.3e-8 * lse too large.
+__device__ __forceinline__ float minus_lse(const TokenScoresParams& p, int request, int query, int q_head) {
+  float lse = __int_as_float(0x7f800000);
+  if (query < p.queries && (p.query_mask == nullptr || p.query_mask[request * p.mask_batch_stride + query]))
+    lse = p.lse[request * p.lse_batch_stride + query * p.lse_token_stride + q_head];
+  return isinf(lse) ? __int_as_float(0xff800000) : fmaf(lse, -1.4426950216293335f, lse * -1.9259629e-8f);
+}
+
 // Partial scores of one KV head and request, [span_len].
 __device__ __forceinline__ float* partial_scores(const TokenScoresParams& p, int head, int request) {
   return p.workspace + (static_cast<std::int64_t>(head) * p.batch + request) * p.span_len;

@@ -216,11 +216,14 @@ def _plan(*shape: int) -> Any:
     return extension()[0].token_scores_plan(*shape)
 
 
-def _cuda_missing(q: Tensor, k: Tensor, lse: Tensor, *_: object) -> str | None:
+def _cuda_missing(q: Tensor, k: Tensor, *_: object) -> str | None:
+    b, t, q_heads, d = q.shape
     if q.dtype not in check.HALF:
         return f"the kernel takes bf16 and fp16, got {q.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"D must be 64 or 128, got {q.shape[-1]}"
+    if d not in (64, 128):
+        return f"D must be 64 or 128, got {d}"
+    if b > 65535 or t * q_heads // k.shape[2] > 1 << 20:
+        return f"the kernel takes at most 65,535 requests and 2**20 queries times heads of a group, got {list(q.shape)}"
     return misaligned("q", q) or misaligned("k", k)
 
 

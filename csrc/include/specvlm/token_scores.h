@@ -30,7 +30,7 @@ struct TokenScoresParams {
   int capacity;                                     // S, or max_pages * page_size; at most 2**30
   int page_size, pages, max_pages;                  // page_size a power of two; pages is P; 0 if contiguous
   int span_start, span_len;                         // span_start is clamped to -span_len..capacity
-  float scale;                                      // softmax scale
+  double scale;                                     // softmax scale
   float weight;
   HalfType dtype;
 };
