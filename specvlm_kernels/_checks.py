@@ -28,20 +28,22 @@ def tensor(
     device: torch.device | None = None,
 ) -> Tensor:
     """Checks one tensor against dims such as "B N Hq D"; sizes maps the letters seen so far to numbers and grows."""
+    # every eager call comes through here several times: each attribute of x is read once (0.1 to 0.3 us a read)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_one_of(dtypes)}, got {x.dtype}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
-    letters = dims.split()
-    if x.dim() != len(letters):
-        raise ValueError(f"{name}: expected shape [{', '.join(letters)}], got {list(x.shape)}")
-    for letter, size in zip(letters, x.shape):
+    letters, shape = dims.split(), x.shape
+    if len(shape) != len(letters):
+        raise ValueError(f"{name}: expected shape [{', '.join(letters)}], got {list(shape)}")
+    size = 1
+    for letter, size in zip(letters, shape):
         want = sizes.setdefault(letter, size)
         if want != size:
-            raise ValueError(f"{name}: expected shape [{', '.join(letters)}] with {letter}={want}, got {list(x.shape)}")
-    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name}: expected shape [{', '.join(letters)}] with {letter}={want}, got {list(shape)}")
+    if size > 1 and not x.is_contiguous() and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last dim (stride 1), got strides {tuple(x.stride())}")
     return x
 

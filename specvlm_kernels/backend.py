@@ -6,6 +6,7 @@ a given call, or None when it can run it; `pick` takes the first that can, or ex
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Op:
     def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Any]:
         """The function that runs this call on tensors of this device."""
         if backend is None:
-            backend = self.best(device, call)
+            return self.tiers[self.best(device, call)].run  # it has just been asked whether it can
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {backend!r}")
         reason = self.missing(backend, device, call)
@@ -53,8 +54,11 @@ class Op:
 
     def best(self, device: torch.device, call: tuple[Any, ...]) -> str:
         """The first backend that can run this call; on the CPU Triton's interpreter only runs when named."""
-        names = self.order if device.type == "cuda" else ("torch",)
-        return next((name for name in names if self.missing(name, device, call) is None), "torch")
+        if device.type == "cuda":
+            for name in self.order:
+                if self.missing(name, device, call) is None:
+                    return name
+        return "torch"
 
     def missing(self, backend: str, device: torch.device, call: tuple[Any, ...]) -> str | None:
         """Why a backend cannot run this call, or None."""
@@ -71,6 +75,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+_ALREADY_THERE = contextlib.nullcontext()
 
 
 def register(name: str) -> Op:
@@ -189,6 +194,16 @@ def multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def on_device(index: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a CUDA device the current one. Where it already is, as nearly always, entering costs next to nothing."""
+    return _ALREADY_THERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def raw_stream(index: int) -> int:
+    """PyTorch's current stream as a number, without the Stream object of torch.cuda.current_stream."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
 def not_for_triton(x: Tensor, *, head_dim: int = 16) -> str | None:
     """What every Triton kernel says of float64, and the attention kernels of an odd head dim."""
     if x.dtype == torch.float64:
@@ -198,8 +213,10 @@ def not_for_triton(x: Tensor, *, head_dim: int = 16) -> str | None:
 
 def misaligned(name: str, x: Tensor) -> str | None:
     """The CUDA kernels read 16 bytes at a time: base, strides and rows must be multiples of that."""
-    unit = 16 // x.element_size()
-    if x.data_ptr() % 16 or x.shape[-1] % unit or any(stride % unit for stride in x.stride()[:-1]):
+    sizes = x.shape[-1]
+    for stride in x.stride()[:-1]:
+        sizes |= stride
+    if x.data_ptr() % 16 or sizes * x.element_size() % 16:
         return (
             f"{name} is not aligned to 16 bytes (address {x.data_ptr():#x}, shape {list(x.shape)}, "
             f"strides {tuple(x.stride())})"

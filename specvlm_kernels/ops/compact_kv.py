@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, extension, misaligned, register
+from ..backend import Tier, extension, misaligned, on_device, raw_stream, register
 from ..reference.compact_kv import compact_kv as reference
 
 OP = register("compact_kv")
@@ -198,7 +198,7 @@ def _cuda(
     else:
         capacity, pages, shift = page_table.shape[1] * tokens, outer, tokens.bit_length() - 1
         table, table_stride = page_table.data_ptr(), page_table.stride(0)
-    with torch.cuda.device(path.device):
+    with on_device(path.device.index):
         module.compact_kv(
             k_caches=pointers(k_caches),
             v_caches=pointers(v_caches),
@@ -217,7 +217,7 @@ def _cuda(
             page_shift=shift,
             heads=heads,
             head_vectors=d * item // 16,
-            stream=torch.cuda.current_stream(path.device).cuda_stream,
+            stream=raw_stream(path.device.index),
         )
 
 

@@ -17,6 +17,8 @@ from ..backend import (
     multiprocessors,
     not_for_cuda_logits,
     not_for_triton,
+    on_device,
+    raw_stream,
     register,
     rows_aligned,
 )
@@ -106,7 +108,7 @@ def _cuda(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_i
     rows, vocab = logits.shape
     plan = _plan(rows, vocab, k, rows_aligned(logits), logits.device.index)
     workspace = torch.empty(plan.workspace_entries, dtype=torch.int64, device=logits.device)
-    with torch.cuda.device(logits.device):
+    with on_device(logits.device.index):
         extension()[0].draft_topk(
             plan=plan,
             logits=logits.data_ptr(),
@@ -119,7 +121,7 @@ def _cuda(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_i
             k=k,
             factor=min(math.log2(math.e) / temperature, 1e30),  # float32's range
             dtype=logits_type(logits),
-            stream=torch.cuda.current_stream(logits.device).cuda_stream,
+            stream=raw_stream(logits.device.index),
         )
 
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, architecture, extension, misaligned, multiprocessors, not_for_triton, register
+from ..backend import (
+    Tier,
+    architecture,
+    extension,
+    misaligned,
+    multiprocessors,
+    not_for_triton,
+    on_device,
+    raw_stream,
+    register,
+)
 from ..reference.token_scores import token_scores as reference
 
 OP = register("token_scores")
@@ -248,7 +258,7 @@ def _cuda(
     index = q.device.index
     plan = _plan(b, t, q_heads, kv_heads, d, span_len, page_size, architecture(index), multiprocessors(index))
     workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
-    with torch.cuda.device(q.device):
+    with on_device(q.device.index):
         extension()[0].token_scores(
             plan,
             q.data_ptr(),
@@ -281,7 +291,7 @@ def _cuda(
             softmax_scale,
             weight,
             q.dtype == torch.bfloat16,
-            torch.cuda.current_stream(q.device).cuda_stream,
+            raw_stream(q.device.index),
         )
 
 

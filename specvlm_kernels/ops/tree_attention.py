@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, architecture, extension, misaligned, multiprocessors, not_for_triton, register
+from ..backend import (
+    Tier,
+    architecture,
+    extension,
+    misaligned,
+    multiprocessors,
+    not_for_triton,
+    on_device,
+    raw_stream,
+    register,
+)
 from ..reference.tree_attention import tree_attention as reference
 
 OP = register("tree_attention")
@@ -59,11 +69,12 @@ def tree_attention(
     Reference: specvlm_kernels.reference.tree_attention. Source: SpecVLM, section 3.3 (tree verification).
     """
     call = prepare(q, k, v, kv_lens, tree_mask, tree_lens=tree_lens, page_table=page_table, softmax_scale=softmax_scale)
+    b, n, heads, d = q.shape
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
-        check.tensor("out", out, "B N Hq D", (q.dtype,), dict(zip(["B", "N", "Hq", "D"], q.shape)), q.device)
-    lse = torch.empty(q.shape[:3], dtype=_lse_dtype(q), device=q.device) if return_lse else None
+        check.tensor("out", out, "B N Hq D", (q.dtype,), {"B": b, "N": n, "Hq": heads, "D": d}, q.device)
+    lse = torch.empty((b, n, heads), dtype=_lse_dtype(q), device=q.device) if return_lse else None
     if q.numel():
         run = torch.ops.specvlm.tree_attention if torch.compiler.is_compiling() else _run
         run(*call, out, lse, backend)
@@ -213,7 +224,7 @@ def _cuda(
     given = out
     if misaligned("out", out):  # rows are written 16 bytes at a time
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with torch.cuda.device(q.device):
+    with on_device(index):
         extension()[0].tree_attention(
             plan,
             q.data_ptr(),
@@ -245,7 +256,7 @@ def _cuda(
             max_pages,
             softmax_scale,
             q.dtype == torch.bfloat16,
-            torch.cuda.current_stream(q.device).cuda_stream,
+            raw_stream(index),
         )
     if given is not out:
         given.copy_(out)

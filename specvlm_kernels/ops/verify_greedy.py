@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, extension, logits_type, not_for_cuda_logits, not_for_triton, register, rows_aligned
+from ..backend import (
+    Tier,
+    extension,
+    logits_type,
+    not_for_cuda_logits,
+    not_for_triton,
+    on_device,
+    raw_stream,
+    register,
+    rows_aligned,
+)
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_greedy import verify_greedy as reference
 
@@ -146,7 +156,7 @@ def _cuda(
     workspace = torch.empty(
         module.verify_greedy_workspace(b, n, vocab, aligned), dtype=torch.int64, device=logits.device
     )
-    with torch.cuda.device(logits.device):
+    with on_device(logits.device.index):
         module.verify_greedy(
             logits=logits.data_ptr(),
             tokens=tokens.data_ptr(),
@@ -166,7 +176,7 @@ def _cuda(
             vocab=vocab,
             dtype=logits_type(logits),
             aligned=aligned,
-            stream=torch.cuda.current_stream(logits.device).cuda_stream,
+            stream=raw_stream(logits.device.index),
         )
 
 
