@@ -126,7 +126,22 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       prefetch_map(&k_map);
       prefetch_map(&q_map);
       prefetch_map(&v_map);
+#pragma unroll
+      for (int i = 0; i < L::kStagesK; ++i) {
+        ptx::mbarrier_init(full_k + i, 1);
+        ptx::mbarrier_init(empty_k + i, 8);  // every consumer warp says that it is done with a stage
+      }
+#pragma unroll
+      for (int i = 0; i < L::kStagesV; ++i) {
+        ptx::mbarrier_init(full_v + i, 1);
+        ptx::mbarrier_init(empty_v + i, 8);
+      }
+      ptx::mbarrier_init(full_q, 1);
+      ptx::mbarrier_init(empty_q, 8);
+      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
     }
+    __syncwarp();
+    named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
     asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
     const int total = line.scan(prefix);
     const Cut cut(gridDim.x, total);
@@ -135,7 +150,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       *limit = cut.start(blockIdx.x + 1);
       *slot = 0;
     }
-    named_barrier(kReady, 2 * kWarpgroup + 32);
     int unit = cut.start(blockIdx.x);
     const TileSource source{p, page_shift, min(page_shift, kTileShift)};
     __syncwarp();
@@ -213,15 +227,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       *reinterpret_cast<uint4*>(shared + L::kQ + (i % kChunks / 8 * L::kRows + i / kChunks) * 128 + i % 8 * 16) =
           make_uint4(0, 0, 0, 0);
     ptx::fence_proxy_async(ptx::space_shared);
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll 1
-      for (int i = threadIdx.x / 32; i < 2 * L::kStagesK + 2 * L::kStagesV + 2; i += 8) {
-        std::uint64_t* mine = full_k + i;
-        const bool full = mine < empty_k || (mine >= full_v && mine < empty_v) || mine == full_q;
-        ptx::mbarrier_init(mine, full ? 1 : 8);  // every consumer warp says that it is done with a stage
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-    }
   }
   named_barrier(kReady, 2 * kWarpgroup + 32);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -280,15 +285,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   };
 
   // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
-#ifdef SPECVLM_NO_TURNS
-  auto take_turn = [] {};
-  auto pass_turn = [] {};
-#else
   const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
   auto take_turn = [&] { named_barrier(my_turn, 2 * kWarpgroup); };
   auto pass_turn = [&] { named_barrier_arrive(other_turn, 2 * kWarpgroup); };
   if (group_of_warps == 1) pass_turn();
-#endif
 
   int k_stage = 0, v_stage = 0;
   std::uint32_t k_phase = 0, v_phase = 0, q_phase = 0;
