@@ -25,6 +25,7 @@ struct ItemRun {
   int item_tiles;     // all tiles of the item
   int context, live;  // of the request: tokens before the tree, nodes
   int units;          // how far the run goes on the line
+  int first_unit;     // of the item's first tile
 };
 
 // The line: the tiles of all items, one after the other. An item is a request, a KV head and a row tile; it comes as
@@ -90,7 +91,7 @@ struct ItemLine {
     s.request = 0;
     if (p.batch > 1)
 #pragma unroll 1
-    while (prefix[s.request + 1] <= unit) ++s.request;
+      while (prefix[s.request + 1] <= unit) ++s.request;
     s.context = context(s.request), s.live = live(s.request);
     const int per_head = units_per_head(s.context, s.live);
     int rest = unit - prefix[s.request];
@@ -104,6 +105,7 @@ struct ItemLine {
       length = units(s.context, s.live, ++s.row_tile);
     }
     s.item_tiles = length - kSegmentCost;
+    s.first_unit = unit - rest + kSegmentCost;
     s.units = min(length - rest, limit - unit);
     s.begin = max(rest - kSegmentCost, 0);
     s.end = max(rest + s.units - kSegmentCost, s.begin);
