@@ -26,38 +26,22 @@ void prepare_kernel(int dynamic_shared) {
   if (device < kDevices) allowed[device].store(dynamic_shared + 1, std::memory_order_relaxed);
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch_with(cudaLaunchAttribute attribute, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                 int dynamic_shared, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = dynamic_shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
-}
-
 // Launches a kernel that may start while the one before it in the stream drains: it must call griddepcontrol.wait
 // before it touches anything that the other wrote or reads.
 template <typename... Parameters, typename... Arguments>
 void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, int dynamic_shared, cudaStream_t stream,
                        const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_shared;
+  config.stream = stream;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(overlap, kernel, grid, block, dynamic_shared, stream, arguments...);
-}
-
-// Launches a kernel whose CTAs wait for each other: all are resident at once, or the launch fails.
-template <typename... Parameters, typename... Arguments>
-void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, int dynamic_shared, cudaStream_t stream,
-                        const Arguments&... arguments) {
-  cudaLaunchAttribute cooperative;
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  launch_with(cooperative, kernel, grid, block, dynamic_shared, stream, arguments...);
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
 }  // namespace specvlm

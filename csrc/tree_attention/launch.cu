@@ -42,7 +42,8 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   plan.ctas = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({multiprocessors, kMaxParts, units})));
   plan.workspace_floats =
-      (head_dim == 64 ? Part<64>::floats(plan.ctas, plan.columns) : Part<128>::floats(plan.ctas, plan.columns));
+      (head_dim == 64 ? Part<64>::floats(plan.ctas, plan.columns) : Part<128>::floats(plan.ctas, plan.columns)) +
+      4 * items;
   return plan;
 }
 

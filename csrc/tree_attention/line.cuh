@@ -25,7 +25,6 @@ struct ItemRun {
   int item_tiles;     // all tiles of the item
   int context, live;  // of the request: tokens before the tree, nodes
   int units;          // how far the run goes on the line
-  int first_unit;     // of the item's first tile
 };
 
 // The line: the tiles of all items, one after the other. An item is a request, a KV head and a row tile; it comes as
@@ -105,7 +104,6 @@ struct ItemLine {
       length = units(s.context, s.live, ++s.row_tile);
     }
     s.item_tiles = length - kSegmentCost;
-    s.first_unit = unit - rest + kSegmentCost;
     s.units = min(length - rest, limit - unit);
     s.begin = max(rest - kSegmentCost, 0);
     s.end = max(rest + s.units - kSegmentCost, s.begin);

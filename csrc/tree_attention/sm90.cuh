@@ -4,7 +4,7 @@
 // 8, so 208 rows cost 208 and K/V are read once for all of them. A CTA is a producer warp (TMA: the rows' Q, a ring of
 // K/V tiles) and two warpgroups, each with half of the rows and its own softmax state: one multiplies while the other
 // takes exponentials. The tiles of all requests and heads form one line that is cut evenly among the CTAs; an item that
-// ends up in several of them is put together by these at the end, in a fixed order.
+// ends up in several of them is put together by the combine kernel, in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,6 @@ struct AttentionLayout {
   static constexpr int kHalves = D / 64;  // 128-byte wide parts of a row
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kStagesK = D == 128 ? 4 : 6, kStagesV = D == 128 ? (COLS > 80 ? 3 : 4) : 6;
-  // 384 threads start with 168 each, which the warpgroups divide among themselves
-  static constexpr int kConsumerRegisters = COLS > 96 ? 240 : 232;
-  static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
   static constexpr int kPBytes = COLS * 128;  // P of a warpgroup; two of them, so that one is read while one is written
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kHalves * kRows * 128;
@@ -38,11 +35,8 @@ struct AttentionLayout {
   static constexpr int kColumn = kUnion + 8 * 8;    // two floats per column
   static constexpr int kReference = kColumn + kRows * 8;
   static constexpr int kRuns = kReference + kRows * 4;
-  static constexpr int kShares = kRuns + 3 * static_cast<int>(sizeof(ItemRun));
-  static constexpr int kBarriers = (kShares + 2 * static_cast<int>(sizeof(Share)) + 7) / 8 * 8;
-  static constexpr int kCombine = (kBarriers + (2 * kStagesK + 2 * kStagesV + 3) * 8 + 15) / 16 * 16;
-  static constexpr bool kCombineInP = 2 * kPBytes >= kCombineBytes;  // P's places are free by then
-  static constexpr int kPrefix = kCombine + (kCombineInP ? 0 : 2 * kCombineBytes);
+  static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
+  static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
   // two copies of the units before each request, the producer's state; 1024: to align the base
   static constexpr int bytes(int batch) { return kPrefix + (2 * (batch + 1) + 2) * 4 + 1024; }
 };
@@ -88,27 +82,22 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
   auto* full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
   auto *empty_k = full_k + L::kStagesK, *full_v = empty_k + L::kStagesK, *empty_v = full_v + L::kStagesV;
-  auto *full_q = empty_v + L::kStagesV, *empty_q = full_q + 1, *described = empty_q + 1;
+  auto *full_q = empty_v + L::kStagesV, *empty_q = full_q + 1;
   auto* runs = reinterpret_cast<volatile ItemRun*>(shared + L::kRuns);  // one, the next, and one whose end is not out
-
-  auto* shares = reinterpret_cast<volatile Share*>(shared + L::kShares);
 
   constexpr int kReady = 5;  // named barrier: the mbarriers are initialized
   if (threadIdx.x >= 2 * kWarpgroup) {
-    give_registers<L::kProducerRegisters>();
+    give_registers<24>();  // 384 threads start with 168 each: 240 for two warpgroups leave 24
     const int lane = threadIdx.x % 32;
     if (threadIdx.x >= 2 * kWarpgroup + 64) return;
     const ItemLine line(p, rows_of);
     int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
     if (threadIdx.x >= 2 * kWarpgroup + 32) {
-      // ---- scribe: finds out with whom the CTA shares items, and does what no CTA has a tile of
+      asm volatile("griddepcontrol.wait;\n" ::: "memory");
+      // ---- scribe: tells the combine kernel what becomes of every item
       prefix += p.batch + 1;
-      const Cut cut(gridDim.x, line.scan(prefix));
-      find_shares(line, prefix, cut, shares);
-      __syncwarp();
-      named_barrier(kReady, 2 * kWarpgroup + 64);
-      if (lane == 0) ptx::mbarrier_arrive(described);
-      write_empty_items<T, D>(line);
+      const int total = line.scan(prefix);
+      write_items<D>(p, line, prefix, total, L::kRows);
       return;
     }
     // ---- producer
@@ -128,11 +117,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       }
       ptx::mbarrier_init(full_q, 1);
       ptx::mbarrier_init(empty_q, 8);
-      ptx::mbarrier_init(described, 1);
       asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
     }
     __syncwarp();
-    named_barrier_arrive(kReady, 2 * kWarpgroup + 64);
+    named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
     const int total = line.scan(prefix);
     const Cut cut(gridDim.x, total);
     volatile int *limit = prefix + 2 * (p.batch + 1), *slot = limit + 1;  // in registers they would cost spills
@@ -209,7 +198,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   }
 
   // ---- consumers
-  take_registers<L::kConsumerRegisters>();
+  take_registers<240>();
   {  // Q's columns without a row: TMA never writes them
     constexpr int kChunks = L::kHalves * 8;
 #pragma unroll 1
@@ -218,7 +207,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           make_uint4(0, 0, 0, 0);
     ptx::fence_proxy_async(ptx::space_shared);
   }
-  named_barrier(kReady, 2 * kWarpgroup + 64);
+  named_barrier(kReady, 2 * kWarpgroup + 32);
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n");
   // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
   const int group_of_warps = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
@@ -466,7 +457,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         thread, reinterpret_cast<float*>(p_shared), [&](int c) { return sum[c]; },
         [](float a, float b) { return a + b; });
 
-    if (run->begin != 0 || run->end != run->item_tiles) {  // put together at the end
+    if (run->begin != 0 || run->end != run->item_tiles) {  // the combine kernel does the rest
       const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.x), begin == 0};
       if (owner) {
         part.references()[group_of_warps * COLS + column] = column_reference[column];
@@ -479,7 +470,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int i = 0; i < COLS / 8; ++i)
           target[(i * L::kHalves + h) * kWarpgroup] =
               make_float4(acc[h][4 * i], acc[h][4 * i + 1], acc[h][4 * i + 2], acc[h][4 * i + 3]);
-      announce_part(counters_of(p, rows_of, run->request, run->head, run->row_tile), barrier);
       continue;
     }
 
@@ -516,12 +506,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       }
     }
   }
-
-  wait_for_phase(described, 0);
-  char* scratch = L::kCombineInP ? p_shared : shared + L::kCombine + group_of_warps * kCombineBytes;
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i)
-    if (shares[i].parts != 0) combine_share<T, D>(p, rows_of, L::kRows, shares + i, group_of_warps, scratch, barrier);
 #endif
 }
 

@@ -4,7 +4,6 @@
 #include <iterator>
 
 #include "common/check.h"
-#include "common/counters.h"
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "tree_attention/sm90.cuh"
@@ -25,7 +24,7 @@ inline CUtensorMap cache_map(const char* name, const void* base, const TreeAtten
 }
 
 template <typename T, int D, int COLS>
-void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
+void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile};
   rows_of.nodes = rows_of.rows / rows_of.group;
   const CUtensorMap q_map = half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, D,
@@ -38,9 +37,9 @@ void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& 
     for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
   const int shared = AttentionLayout<D, COLS>::bytes(p.batch);
   prepare_kernel<tree_attention_kernel<T, D, COLS>>(shared);
-  p.counters = acquire_counters(2 * p.batch * p.kv_heads * rows_of.count, stream);
-  launch_cooperative(tree_attention_kernel<T, D, COLS>, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p,
-                     q_map, k_map, v_map, rows_of, page_shift);
+  launch_overlapped(tree_attention_kernel<T, D, COLS>, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p,
+                    q_map, k_map, v_map, rows_of, page_shift);
+  launch_combine_parts<T, D>(p, plan, rows_of, stream);
 }
 
 template <typename T, int D, int INDEX = 0>

@@ -25,7 +25,6 @@ struct TreeAttentionParams {
   void* out;                       // [B,N,Hq,D]
   float* lse;                      // [B,N,Hq] contiguous, natural log, or nullptr
   float* workspace;                // plan.workspace_floats floats
-  std::uint32_t* counters;         // set by tree_attention()
   TreeAttentionStrides q_strides, k_strides, v_strides, out_strides;  // of pages: batch is from page to page
   std::int64_t mask_batch_stride;                                     // elements; 0 for one mask for all
   std::int64_t mask_node_stride;
