@@ -106,6 +106,8 @@ def prepare(
     n = sizes["N"]
     if n > capacity:
         raise ValueError(f"q: {n} nodes do not fit a cache of {capacity} tokens")
+    if n and sizes.get("P") == 0:
+        raise ValueError("k: expected at least one page, got an empty pool")
     if tree_mask is not None:
         if not isinstance(tree_mask, Tensor):
             raise TypeError(f"tree_mask: expected None or a torch.Tensor, got {type(tree_mask).__name__}")
