@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "common/check.h"
 #include "common/numeric.cuh"
 #include "tree_attention/line.cuh"
 
