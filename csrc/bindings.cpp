@@ -42,6 +42,13 @@ specvlm::TreeAttentionStrides tree_attention_strides(const Strides& s) {
   return {std::get<0>(s), std::get<1>(s), std::get<2>(s)};
 }
 
+int shared_memory(int device) {
+  int bytes = 0;
+  specvlm::check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                      "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 void bind_tree_attention(py::module_& m) {
   py::enum_<specvlm::TreeAttentionKernel>(m, "TreeAttentionKernel")
       .value("SM80", specvlm::TreeAttentionKernel::kSm80)
@@ -55,7 +62,7 @@ void bind_tree_attention(py::module_& m) {
       .def_readonly("workspace_floats", &specvlm::TreeAttentionPlan::workspace_floats);
   m.def("tree_attention_plan", &specvlm::tree_attention_plan, py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),
         py::arg("kv_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("page_size"), py::arg("architecture"),
-        py::arg("multiprocessors"));
+        py::arg("multiprocessors"), py::arg("shared_memory"));
   m.def(
       "tree_attention",
       [](const specvlm::TreeAttentionPlan& plan, Address q, Address k, Address v, Address kv_lens, Address tree_mask,
@@ -288,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
       .value("BFLOAT16", specvlm::LogitsType::kBFloat16)
       .value("FLOAT16", specvlm::LogitsType::kFloat16)
       .value("FLOAT32", specvlm::LogitsType::kFloat32);
+  m.def("shared_memory", &shared_memory, py::arg("device"), "Bytes of shared memory of a multiprocessor.");
   bind_tree_attention(m);
   bind_token_scores(m);
   bind_draft_topk(m);

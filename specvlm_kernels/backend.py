@@ -204,6 +204,12 @@ def raw_stream(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
+@functools.cache
+def shared_memory(index: int | None) -> int:
+    """Bytes of shared memory that a multiprocessor of a CUDA device has."""
+    return extension()[0].shared_memory(torch.cuda.current_device() if index is None else index)
+
+
 def not_for_triton(x: Tensor, *, head_dim: int = 16) -> str | None:
     """What every Triton kernel says of float64, and the attention kernels of an odd head dim."""
     if x.dtype == torch.float64:

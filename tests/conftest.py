@@ -21,6 +21,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def limited_architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark cuda_arch(80) takes kernels of that architecture at most, as SPECVLM_CUDA_ARCH=80 does."""
+    mark = request.node.get_closest_marker("cuda_arch")
+    if mark is not None:
+        monkeypatch.setattr("specvlm_kernels._env.CUDA_ARCH", mark.args[0])
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90a"])
+def cuda_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test of the CUDA tier with the kernel of sm_80 and with the device's own."""
+    monkeypatch.setattr("specvlm_kernels._env.CUDA_ARCH", request.param)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """A backend's stated limits skip a test; any other refusal of a named backend fails it."""

@@ -27,8 +27,9 @@ TO_COME: dict[str, set[str]] = {
 KNOWN_LIMITS = (
     "the kernel takes bf16 and fp16, got torch.float32",
     "D must be 64 or 128",
-    "tokens have no CUDA kernel yet",
 )
+# Ops with a kernel for Hopper and another for everything else: both are run, on a GPU that has both.
+TWO_CUDA_KERNELS = ("tree_attention", "token_scores")
 
 
 def backends(op: str) -> pytest.MarkDecorator:
@@ -38,18 +39,32 @@ def backends(op: str) -> pytest.MarkDecorator:
         if not torch.cuda.is_available():
             params.append(pytest.param("triton", "cpu", id="triton-interpreter"))
         params.append(pytest.param("triton", "cuda", id="triton-cuda"))
-    if op not in TO_COME["cuda"]:
-        params.append(pytest.param("cuda", "cuda", id="cuda"))
     for i, param in enumerate(params):
         if param.values[1] == "cuda":
             params[i] = pytest.param(*param.values, id=param.id, marks=pytest.mark.gpu)
+    params += [pytest.param("cuda", "cuda", id=name, marks=marks) for name, marks in _cuda_kernels(op)]
     return pytest.mark.parametrize("backend,device", params)
 
 
 def gpu_backends(op: str) -> pytest.MarkDecorator:
     """Parametrises the GPU kernels of an op."""
-    names = [name for name in ("triton", "cuda") if op not in TO_COME[name]]
-    return pytest.mark.parametrize("backend", [pytest.param(n, marks=pytest.mark.gpu) for n in names])
+    params = [] if op in TO_COME["triton"] else [pytest.param("triton", id="triton", marks=pytest.mark.gpu)]
+    params += [pytest.param("cuda", id=name, marks=marks) for name, marks in _cuda_kernels(op)]
+    return pytest.mark.parametrize("backend", params)
+
+
+def _cuda_kernels(op: str) -> list[tuple[str, list[pytest.MarkDecorator]]]:
+    """The device's own kernel, and that of sm_80 where it is another one (conftest.py acts on the mark)."""
+    if op in TO_COME["cuda"]:
+        return []
+    own, sm80 = ("cuda", [pytest.mark.gpu]), ("cuda-sm80", [pytest.mark.gpu, pytest.mark.cuda_arch(80)])
+    return [own, sm80] if op in TWO_CUDA_KERNELS else [own]
+
+
+def needs_gpu_memory(gib: int) -> pytest.MarkDecorator:
+    """Skips a test on a GPU with less memory."""
+    have = torch.cuda.get_device_properties(0).total_memory >> 30 if torch.cuda.is_available() else 0
+    return pytest.mark.skipif(0 < have < gib, reason=f"needs a GPU with {gib} GiB, this one has {have}")
 
 
 def working_dtype(backend: str) -> torch.dtype:

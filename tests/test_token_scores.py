@@ -188,12 +188,6 @@ def test_real_sizes(hq, hkv, t, s, backend):
     assert float((got.double() - exact).abs().max() / exact.max()) < 1e-5
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90a"])
-def cuda_kernel(request, monkeypatch):
-    """Runs a test of the CUDA tier with the kernel of sm_80 and with the device's own."""
-    monkeypatch.setattr("specvlm_kernels._env.CUDA_ARCH", request.param)
-
-
 def cuda_problem(hq, hkv, d, t, s, lens, dtype=torch.bfloat16, seed=0):
     """(q, k, lse, lens) on the GPU and the dense probabilities [B,T,Hq,S]."""
     q, k, lse, lens_tensor = problem((len(lens), t, s, hq, hkv, d, lens, 0, 0), dtype, "cuda", seed)

@@ -9,6 +9,7 @@ from kit import (
     backends,
     bitwise_equal_reruns,
     gpu_backends,
+    needs_gpu_memory,
     paged,
     randn,
     random_tree,
@@ -125,15 +126,17 @@ def test_ragged_trees(backend, device):
 def test_rows_that_see_nothing(backend, device):
     q, k, v, lens, masks = problem((1, 5, 20, 4, 2, 64, [0]), working_dtype(backend), device)
     masks[:, 3] = False
+    masks[:, :, 3] = False  # and a node that nobody sees may hold anything
+    k[:, 3], v[:, 3] = float("nan"), float("inf")
     out, lse = sk.tree_attention(q, k, v, lens, words_of(masks).to(device), return_lse=True, backend=backend)
     assert bool((out[0, 3] == 0).all()) and bool((lse[0, 3] == float("-inf")).all())
     assert bool(torch.isfinite(out).all()) and bool(torch.isfinite(lse[0, :3]).all())
 
 
 @backends("tree_attention")
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [1, 2, 16, 64, 256])
 def test_paged_equals_contiguous(page_size, backend, device):
-    shape = (2, 26, 96, 8, 2, 64, [63, 5])
+    shape = (2, 26, 256, 8, 2, 64, [64, 5])
     q, k, v, lens, masks = problem(shape, working_dtype(backend), device)
     words = words_of(masks).to(device)
     k_pages, table = paged(k, page_size)
@@ -199,11 +202,12 @@ def test_tiny_and_huge_logits(scale, backend, device):
 
 
 @backends("tree_attention")
-def test_softmax_scale(backend, device):
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0])
+def test_softmax_scale(scale, backend, device):
     q, k, v, lens, masks = problem(SHAPES[1], working_dtype(backend), device)
     words = words_of(masks).to(device)
-    got = sk.tree_attention(q, k, v, lens, words, softmax_scale=0.5, backend=backend)
-    want = sk.tree_attention(q * (0.5 * 64**0.5), k, v, lens, words, backend=backend)  # a power of two: exact
+    got = sk.tree_attention(q, k, v, lens, words, softmax_scale=scale, backend=backend)
+    want = sk.tree_attention(q * (scale * 64**0.5), k, v, lens, words, backend=backend)  # a power of two: exact
     assert torch.allclose(got, want, atol=2e-6 if got.dtype == torch.float32 else 2e-2)
 
 
@@ -226,6 +230,10 @@ def test_bad_arguments():
     words = torch.zeros(3, 1, dtype=torch.int64)
     ok = dict(q=q, k=k, v=k, kv_lens=lens, tree_mask=words)
     sk.tree_attention(**ok)
+    with pytest.raises(ValueError, match="q: 3 nodes do not fit a cache of 0 tokens"):
+        sk.tree_attention(**{**ok, "k": k[:, :0], "v": k[:, :0]})
+    with pytest.raises(ValueError, match="k: expected at least one page"):
+        sk.tree_attention(q, k[:0], k[:0], lens, page_table=torch.zeros(2, 2, dtype=torch.int32))
     for name, value, kind in [
         ("q", "text", TypeError),
         ("q", q[0], ValueError),
@@ -283,7 +291,9 @@ def test_real_sizes(hq, hkv, n, s, backend):
 
 
 @gpu_backends("tree_attention")
-def test_past_two_to_the_31_elements(backend):
+@needs_gpu_memory(24)
+@pytest.mark.parametrize("page_size", [0, 1, 16])
+def test_past_two_to_the_31_elements(page_size, backend):
     s, n = (1 << 31) // (2 * 128) + 4096, 8
     k = torch.zeros(1, s, 2, 128, device="cuda", dtype=torch.bfloat16)
     v = torch.zeros_like(k)
@@ -294,8 +304,13 @@ def test_past_two_to_the_31_elements(backend):
     k[:, : start - 500] = -100.0
     q = torch.rand(1, n, 4, 128, generator=g, device="cuda").bfloat16() + 1  # far positions weigh nothing
     lens = torch.tensor([start], dtype=torch.int32, device="cuda")
-    got = sk.tree_attention(q, k, v, lens, backend=backend)
     near = slice(start - 500, s)
+    caches, table = (k, v), None
+    if page_size:
+        pages = s // page_size
+        caches = tuple(x.view(pages, page_size, 2, 128) for x in (k, v))
+        table = torch.arange(pages, device="cuda", dtype=torch.int32)[None]
+    got = sk.tree_attention(q, *caches, lens, page_table=table, backend=backend)
     want = sk.tree_attention(
         q, k[:, near].contiguous(), v[:, near].contiguous(), torch.full_like(lens, 500), backend="torch"
     )

@@ -1,10 +1,20 @@
 #include <algorithm>
+#include <limits>
 
 #include "common/check.h"
+#include "tree_attention/sm80_shapes.h"
 #include "tree_attention/sm90_launch.cuh"
 
 namespace specvlm {
 
+extern template void tree_attention_sm80<__nv_bfloat16, 64>(const TreeAttentionParams&, const TreeAttentionPlan&,
+                                                            cudaStream_t);
+extern template void tree_attention_sm80<__nv_bfloat16, 128>(const TreeAttentionParams&, const TreeAttentionPlan&,
+                                                             cudaStream_t);
+extern template void tree_attention_sm80<__half, 64>(const TreeAttentionParams&, const TreeAttentionPlan&,
+                                                     cudaStream_t);
+extern template void tree_attention_sm80<__half, 128>(const TreeAttentionParams&, const TreeAttentionPlan&,
+                                                      cudaStream_t);
 extern template void tree_attention_sm90<__nv_bfloat16, 64>(const TreeAttentionParams&, const TreeAttentionPlan&,
                                                             cudaStream_t);
 extern template void tree_attention_sm90<__nv_bfloat16, 128>(const TreeAttentionParams&, const TreeAttentionPlan&,
@@ -24,12 +34,17 @@ TreeAttentionKernel kernel_for(int group, int page_size, int architecture) {
 
 }  // namespace
 
-TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim, int capacity,
-                                      int page_size, int architecture, int multiprocessors) {
-  TreeAttentionPlan plan{};
+TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim,
+                                      std::int64_t capacity, int page_size, int architecture, int multiprocessors,
+                                      int shared_memory) {
+  check_argument(capacity <= std::numeric_limits<int>::max() - nodes - 2 * kTile, "k, v: capacity of ", capacity,
+                 " tokens does not fit 32 bits");
   const int group = q_heads / kv_heads;
-  plan.kernel = kernel_for(group, page_size, architecture);
-  check_argument(plan.kernel == TreeAttentionKernel::kSm90, "page_size: no CUDA kernel yet for pages of ", page_size);
+  if (kernel_for(group, page_size, architecture) == TreeAttentionKernel::kSm80)
+    return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
+                     shared_memory);
+  TreeAttentionPlan plan{};
+  plan.kernel = TreeAttentionKernel::kSm90;
   const int most = std::min(nodes, kMostColumns / group);  // whole nodes, so that one TMA box is a row tile
   plan.row_tiles = (nodes + most - 1) / most;
   plan.row_tile = (nodes + plan.row_tiles - 1) / plan.row_tiles * group;
@@ -50,10 +65,13 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
 void tree_attention(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   check_argument(p.head_dim == 64 || p.head_dim == 128, "head_dim: expected 64 or 128, got ", p.head_dim);
   const bool bf16 = p.dtype == HalfType::kBFloat16;
-  const auto run = p.head_dim == 64
-                       ? (bf16 ? tree_attention_sm90<__nv_bfloat16, 64> : tree_attention_sm90<__half, 64>)
-                       : (bf16 ? tree_attention_sm90<__nv_bfloat16, 128> : tree_attention_sm90<__half, 128>);
-  run(p, plan, stream);
+  const auto sm80 = p.head_dim == 64
+                        ? (bf16 ? tree_attention_sm80<__nv_bfloat16, 64> : tree_attention_sm80<__half, 64>)
+                        : (bf16 ? tree_attention_sm80<__nv_bfloat16, 128> : tree_attention_sm80<__half, 128>);
+  const auto sm90 = p.head_dim == 64
+                        ? (bf16 ? tree_attention_sm90<__nv_bfloat16, 64> : tree_attention_sm90<__half, 64>)
+                        : (bf16 ? tree_attention_sm90<__nv_bfloat16, 128> : tree_attention_sm90<__half, 128>);
+  (plan.kernel == TreeAttentionKernel::kSm80 ? sm80 : sm90)(p, plan, stream);
 }
 
 }  // namespace specvlm

@@ -1,5 +1,5 @@
-// How the Hopper kernel's CTAs share the work. All of it is straight-line code that a CTA runs once, so it is kept
-// short: an instruction that is not in the caches costs as much as 15 that are (measured on an H200).
+// How CTAs share the work. All of it is straight-line code that a CTA runs once, so it is kept short: an instruction
+// that is not in the caches costs as much as 15 that are (measured on an H200).
 #pragma once
 
 #include <cstdint>
@@ -39,12 +39,19 @@ struct ItemLine {
   __device__ int live(int request) const {
     return p.tree_lens == nullptr ? p.nodes : min(max(p.tree_lens[request], 0), p.nodes);
   }
-  // Tiles with a position that any row of the row tile sees.
-  __device__ int tiles(int context, int live, int row_tile) const {
+  // One past the last position that any row of the row tile sees.
+  __device__ int end(int context, int live, int row_tile) const {
     const int first = row_tile * rows_of.nodes;
     if (first >= live) return 0;
     const int seen = p.tree_mask == nullptr ? min(first + rows_of.nodes, live) : live;
-    return (min(context + seen, p.capacity) + kTile - 1) / kTile;
+    return min(context + seen, p.capacity);
+  }
+  // Positions below this are seen by every live row of the row tile.
+  __device__ int unmasked(int context, int row_tile) const {
+    return min(context + (p.tree_mask == nullptr ? row_tile * rows_of.nodes + 1 : 0), p.capacity);
+  }
+  __device__ int tiles(int context, int live, int row_tile) const {
+    return (end(context, live, row_tile) + kTile - 1) / kTile;
   }
   __device__ int units(int context, int live, int row_tile) const {
     const int count = tiles(context, live, row_tile);

@@ -19,6 +19,7 @@ from ..backend import (
     on_device,
     raw_stream,
     register,
+    shared_memory,
 )
 from ..reference.tree_attention import tree_attention as reference
 
@@ -105,6 +106,8 @@ def prepare(
     n = sizes["N"]
     if n > capacity:
         raise ValueError(f"q: {n} nodes do not fit a cache of {capacity} tokens")
+    if n and sizes.get("P") == 0:
+        raise ValueError("k: expected at least one page, got an empty pool")
     if tree_mask is not None:
         if not isinstance(tree_mask, Tensor):
             raise TypeError(f"tree_mask: expected None or a torch.Tensor, got {type(tree_mask).__name__}")
@@ -188,17 +191,11 @@ def _plan(*shape: int) -> Any:
     return extension()[0].tree_attention_plan(*shape)
 
 
-def _cuda_missing(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor, tree_mask: object, tree_lens: object, page_table: object, _: float
-) -> str | None:
+def _cuda_missing(q: Tensor, k: Tensor, v: Tensor, *_: object) -> str | None:
     if q.dtype not in check.HALF:
         return f"the kernel takes bf16 and fp16, got {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"D must be 64 or 128, got {q.shape[-1]}"
-    if page_table is not None and k.shape[1] < 8:
-        return f"pages of {k.shape[1]} tokens have no CUDA kernel yet"
-    if architecture(q.device.index) < 90:
-        return "the kernel is for sm_90a"
     return misaligned("q", q) or misaligned("k", k) or misaligned("v", v)
 
 
@@ -219,7 +216,18 @@ def _cuda(
     max_pages = 0 if page_table is None else page_table.shape[1]
     capacity = k.shape[1] if page_table is None else max_pages * page_size
     index = q.device.index
-    plan = _plan(b, n, q_heads, kv_heads, d, capacity, page_size, architecture(index), multiprocessors(index))
+    plan = _plan(
+        b,
+        n,
+        q_heads,
+        kv_heads,
+        d,
+        capacity,
+        page_size,
+        architecture(index),
+        multiprocessors(index),
+        shared_memory(index),
+    )
     workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
     given = out
     if misaligned("out", out):  # rows are written 16 bytes at a time

@@ -44,17 +44,20 @@ struct TreeAttentionPlan {
   TreeAttentionKernel kernel;
   int row_tile;   // packed rows per CTA
   int row_tiles;  // per KV head
-  int columns;    // kSm90: row_tile rounded up to what the kernel was built for
+  int columns;    // row_tile rounded up to what the kernel was built for
+  int group;      // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
   int ctas;
   std::size_t workspace_floats;
 };
 
 // architecture: 90 where sm_90a code was built and the device is of compute capability 9.0, otherwise 80.
-// page_size: 0 for a contiguous cache.
-TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim, int capacity,
-                                      int page_size, int architecture, int multiprocessors);
+// page_size: 0 for a contiguous cache. shared_memory: bytes per multiprocessor.
+TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim,
+                                      std::int64_t capacity, int page_size, int architecture, int multiprocessors,
+                                      int shared_memory);
 
-// Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
+// Addresses and strides of q, k, v and out are multiples of 16 bytes. Asynchronous on stream; throws
+// std::invalid_argument or std::runtime_error.
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan, cudaStream_t stream);
 
 }  // namespace specvlm

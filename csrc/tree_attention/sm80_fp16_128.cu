@@ -1,0 +1,4 @@
+#include "tree_attention/sm80_launch.cuh"
+
+template void specvlm::tree_attention_sm80<__half, 128>(const TreeAttentionParams&, const TreeAttentionPlan&,
+                                                        cudaStream_t);

@@ -1,0 +1,168 @@
+"""What is special to the CUDA kernels of tree_attention: how they cut work, pages, and the choice between them."""
+
+import pytest
+import torch
+from kit import ancestor_mask, assert_close_enough, gpu_backends, paged, random_tree, words_of
+
+import specvlm_kernels as sk
+from specvlm_kernels import _env, backend
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+def problem(b, n, s, hq, hkv, d, lens, dtype=torch.bfloat16, seed=0):
+    """q, k, v with NaN past every tree, lens, and a random tree a request as mask words."""
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    q, k, v = (
+        torch.randn(shape, generator=g, device=DEVICE, dtype=dtype)
+        for shape in [(b, n, hq, d), (b, s, hkv, d), (b, s, hkv, d)]
+    )
+    for r, length in enumerate(lens):
+        k[r, length + n :] = v[r, length + n :] = float("nan")
+    words = words_of(torch.stack([ancestor_mask(random_tree(n, seed + r)) for r in range(b)])).to(DEVICE)
+    return q, k, v, torch.tensor(lens, dtype=torch.int32, device=DEVICE), words
+
+
+def check(got, q, k, v, lens, words, **kwargs):
+    """Against the reference in float64, where plain PyTorch is the reference in the inputs' dtype."""
+    exact, exact_lse = sk.reference.tree_attention(
+        q.double(), k.double(), v.double(), lens, words, return_lse=True, **kwargs
+    )
+    plain = sk.reference.tree_attention(q, k, v, lens, words, **kwargs)
+    assert_close_enough(got[0], exact, plain)
+    finite = torch.isfinite(exact_lse)
+    assert torch.equal(torch.isfinite(got[1]), finite)
+    assert float((got[1].double() - exact_lse)[finite].abs().max()) < 1e-3
+
+
+# every size of a CTA's row tile, groups that do not divide it, and one that does not fit it
+HEADS = [(1, 1), (5, 1), (8, 1), (7, 1), (28, 4), (40, 8), (64, 8), (150, 1), (131, 1)]
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 13, 26])
+@pytest.mark.parametrize("hq,hkv", HEADS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_every_number_of_rows(d, hq, hkv, nodes, cuda_kernel):
+    q, k, v, lens, words = problem(2, nodes, 700, hq, hkv, d, [650, 3])
+    check(sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda"), q, k, v, lens, words)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("nodes", [64, 128, 199, 256, 300])
+def test_big_trees_and_long_texts(nodes, dtype, cuda_kernel):
+    q, k, v, lens, words = problem(2, nodes, 1000, 10, 2, 128, [700, 63], dtype)
+    tree_lens = torch.tensor([nodes, nodes - 37], dtype=torch.int32, device=DEVICE)
+    for mask in (words, None):
+        got = sk.tree_attention(q, k, v, lens, mask, tree_lens=tree_lens, return_lse=True, backend="cuda")
+        check(got, q, k, v, lens, mask, tree_lens=tree_lens)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4, 8, 32, 128, 256])
+@pytest.mark.parametrize("layout", ["tokens outside", "heads outside"])
+def test_pages_at_every_length(layout, page_size, cuda_kernel):
+    """Contexts and trees that end before, at and behind the edges of pages and tiles."""
+    lens = [0, 1, 37, 38, 39, 63, 64, 65, 101, 102, 103, 128, 190, 229, 230]
+    q, k, v, lens, words = problem(len(lens), 26, 256, 8, 2, 64, lens)
+    (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+    if layout == "heads outside":
+        k_pages, v_pages = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_pages, v_pages))
+    got = sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, return_lse=True, backend="cuda")
+    check(got, q, k, v, lens, words)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_sixty_four_uneven_requests(page_size, cuda_kernel):
+    """Some CTAs get many requests, some requests many CTAs; trees of 0 nodes are no part of the work."""
+    lens = [3000, 0, 1, 2000] + [7 * i for i in range(60)]
+    q, k, v, lens, words = problem(64, 26, 3072, 10, 2, 128, lens)
+    tree_lens = torch.tensor([26, 0, 5, 25] + [i % 27 for i in range(60)], dtype=torch.int32, device=DEVICE)
+    caches, table = (k, v), None
+    if page_size:
+        (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+        caches = (k_pages, v_pages)
+    kwargs = dict(tree_lens=tree_lens, return_lse=True)
+    got = sk.tree_attention(q, *caches, lens, words, page_table=table, backend="cuda", **kwargs)
+    check(got, q, k, v, lens, words, tree_lens=tree_lens)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("position", [0, 15, 63, 64, 300, 650])
+def test_one_logit_far_from_all_others(position, sign, cuda_kernel):
+    """10,000 above (the value itself comes out), or below (it counts for nothing), early and late in the cache."""
+    q, k, v, lens, _ = problem(1, 26, 700, 8, 2, 128, [660])
+    k[:, :686].clamp_(-3, 3)
+    direction = torch.randn(128, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).sign().bfloat16()
+    q[:] = direction
+    k[:, position] = sign * 32 * direction
+    out, lse = sk.tree_attention(q, k, v, lens, softmax_scale=2.5, return_lse=True, backend="cuda")
+    if sign > 0:
+        assert torch.equal(out, v[:, position, None].repeat_interleave(4, 2).expand_as(out))
+        assert torch.allclose(lse, torch.full_like(lse, 2.5 * 32 * 128), rtol=1e-6)
+    else:
+        check((out, lse), q, k, v, lens, None, softmax_scale=2.5)
+
+
+@gpu_backends("tree_attention")
+@pytest.mark.parametrize("page_size", [0, 1])
+def test_a_thousand_reruns_beside_other_work(page_size, backend):
+    """Bitwise the same while another stream keeps the GPU busy; a missing barrier shows here."""
+    q, k, v, lens, words = problem(3, 26, 4096, 40, 8, 128, [4000, 100, 2500])
+    table = None
+    if page_size:
+        (k, table), (v, _) = paged(k, page_size), paged(v, page_size)
+    other, a = torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+
+    def run():
+        return sk.tree_attention(q, k, v, lens, words, page_table=table, return_lse=True, backend=backend)
+
+    first = run()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(other):
+            for _ in range(10):
+                a @ a
+        for out, lse in [run() for _ in range(50)]:
+            assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+
+
+def test_graph_replays_with_other_lengths_and_pages(cuda_kernel):
+    q, k, v, lens, words = problem(3, 26, 512, 8, 2, 128, [400, 0, 37])
+    k, v = k.nan_to_num(), v.nan_to_num()
+    (k_pages, table), (v_pages, _) = paged(k, 4), paged(v, 4)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, backend="cuda")
+    with torch.cuda.graph(graph):
+        out = sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, backend="cuda")
+    for new in ([486, 486, 486], [0, 1, 63], [5, 300, 0]):
+        lens.copy_(torch.tensor(new, dtype=torch.int32))
+        table.copy_(table.flip(0))
+        graph.replay()
+        assert torch.equal(
+            out, sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, backend="cuda")
+        ), new
+
+
+def test_an_output_of_odd_strides(cuda_kernel):
+    q, k, v, lens, words = problem(2, 9, 200, 6, 2, 64, [150, 64])
+    want = sk.tree_attention(q, k, v, lens, words, backend="cuda")
+    wide = torch.full((2, 9, 6, 67), 7.0, device=DEVICE, dtype=q.dtype)
+    out = wide[..., 1:65]
+    assert sk.tree_attention(q, k, v, lens, words, out=out, backend="cuda") is out
+    assert torch.equal(out, want) and bool((wide[..., 0] == 7).all()) and bool((wide[..., 65:] == 7).all())
+
+
+def test_the_architecture_chooses_the_kernel(monkeypatch):
+    """On Hopper its own kernel takes what it can, and SPECVLM_CUDA_ARCH=80 gives everything to the other."""
+    module, _ = backend.extension()
+    own = backend.architecture(0)
+    kinds = module.TreeAttentionKernel
+    shape = (1, 26, 64, 8, 128, 4096)
+    rest = (backend.multiprocessors(0), backend.shared_memory(0))
+    plan = module.tree_attention_plan(*shape, 0, own, *rest)
+    assert plan.kernel == (kinds.SM90 if own == 90 else kinds.SM80)
+    assert module.tree_attention_plan(*shape, 1, own, *rest).kernel == kinds.SM80
+    monkeypatch.setattr(_env, "CUDA_ARCH", 80)
+    assert backend.architecture(0) == 80
+    assert module.tree_attention_plan(*shape, 0, 80, *rest).kernel == kinds.SM80
