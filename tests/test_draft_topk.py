@@ -106,7 +106,8 @@ def test_leading_dims_and_slices_of_the_vocabulary(backend, device):
     log_probs, ids = sk.draft_topk(part, 5, backend=backend)
     assert ids.shape == log_probs.shape == (2, 3, 5)
     want = sk.draft_topk(part.contiguous(), 5, backend=backend)
-    assert torch.equal(ids, want[1]) and torch.equal(log_probs, want[0])
+    # rows that start elsewhere may be cut into vectors elsewhere: the normaliser's sum may round differently
+    assert torch.equal(ids, want[1]) and torch.allclose(log_probs, want[0], rtol=1e-6, atol=0)
 
 
 @backends("draft_topk")

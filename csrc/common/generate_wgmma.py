@@ -41,15 +41,15 @@ def registers(cpp: str, ptx: str, n: int) -> None:
     a_regs = ", ".join(f"%{count + i}" for i in range(4))
     outs = ", ".join(f'"+f"(acc[{i}])' for i in range(count))
     ins = ", ".join(f'"r"(a[{i}])' for i in range(4))
-    print(f"template <>\nstruct WgmmaRegisters<{cpp}, {n}> {{")
+    print(f"template <int B_MAJOR>\nstruct WgmmaRegisters<{cpp}, {n}, B_MAJOR> {{")
     print(f"  static __device__ __forceinline__ void run(float (&acc)[{count}], const std::uint32_t (&a)[4],")
     print("                                             std::uint64_t b, int accumulate) {")
     print('    asm volatile("{\\n.reg .pred p;\\nsetp.ne.b32 p, %' + str(count + 5) + ', 0;\\n"')
     print(f'                 "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{ptx}.{ptx} "')
     print(f'                 "{{{regs}}}, "')
-    print(f'                 "{{{a_regs}}}, %{count + 4}, p, 1, 1, 0;\\n}}\\n"')
+    print(f'                 "{{{a_regs}}}, %{count + 4}, p, 1, 1, %{count + 6};\\n}}\\n"')
     print(f"                 : {outs}")
-    print(f'                 : {ins}, "l"(b), "r"(accumulate));')
+    print(f'                 : {ins}, "l"(b), "r"(accumulate), "n"(B_MAJOR));')
     print("  }\n};\n")
 
 
@@ -61,7 +61,8 @@ if kind == "shared":
     )
 else:
     begin(
-        "A in registers, B in shared memory with K contiguous.", "template <typename T, int N>\nstruct WgmmaRegisters"
+        "A in registers, B in shared memory; B_MAJOR: 0 if K is contiguous, or 1.",
+        "template <typename T, int N, int B_MAJOR = 0>\nstruct WgmmaRegisters",
     )
 for cpp, ptx in TYPES.items():
     for n in SHAPES[kind]:

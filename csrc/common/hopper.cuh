@@ -123,4 +123,11 @@ __device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, i
       : "memory");
 }
 
+// Asks for a box to be brought into the L2; nothing waits for it.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
+}
+
 }  // namespace specvlm

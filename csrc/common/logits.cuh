@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/l2.cuh"
 #include "specvlm/logits.h"
 
 namespace specvlm {
@@ -175,10 +176,6 @@ struct LogitsTile {
 inline int logits_parts(int vocab, int per_thread, bool aligned) {
   const int tile = kLogitsThreads * per_thread;
   return (vocab + (aligned ? 0 : 7) + tile - 1) / tile;
-}
-
-__device__ __forceinline__ void prefetch_to_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address));
 }
 
 // True in the CTA that arrives last of `arrivals`; all that the others wrote before is then visible (read it with

@@ -15,7 +15,7 @@ namespace specvlm {
 // busy, at D = 64 the exponentials take twice as long as the products.
 constexpr int kScoreColumns[] = {128, 96, 80, 64, 48, 32, 16};
 constexpr int kScoreWarpgroups = 2;
-constexpr int score_polynomial(int head_dim) { return head_dim == 64 ? 2 : 1; }
+constexpr int score_polynomial(int head_dim) { return head_dim == 64 ? 2 : 0; }
 
 template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>
 void launch_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream) {

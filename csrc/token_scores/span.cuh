@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/l2.cuh"
 #include "specvlm/token_scores.h"
 
 namespace specvlm {
@@ -14,13 +15,13 @@ struct Span {
 
   __device__ int clamped(int kv_len) const { return min(max(kv_len, 0), p.capacity); }
   __device__ int start(int request) const {
-    const int start = p.span_starts == nullptr ? p.span_start : p.span_starts[request];
+    const int start = p.span_starts == nullptr ? p.span_start : load_anew(p.span_starts + request);
     return min(max(start, -p.span_len), p.capacity);
   }
   // Columns that lie inside the cache and that the last query sees: those from first() up to end().
   __device__ int first(int request) const { return max(0, -start(request)); }
   __device__ int end(int request) const {
-    return min(p.span_len, min(clamped(p.kv_lens[request]) + p.queries, p.capacity) - start(request));
+    return min(p.span_len, min(clamped(load_anew(p.kv_lens + request)) + p.queries, p.capacity) - start(request));
   }
   // Position of the first tile. A box of pages must not leave its page, so there tiles begin at multiples of 64.
   __device__ int origin(int start) const { return p.page_table == nullptr ? start : start & ~(kSpanTile - 1); }

@@ -21,8 +21,7 @@ void try_shapes(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStr
 void tune_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream) {
   check_argument(p.dtype == HalfType::kBFloat16 && p.head_dim == 128,
                  "SPECVLM_TOKEN_SCORES: tune.cu has bf16 with D = 128 alone");
-  try_shapes<128, 2, 0, 128, 2, 2, 128, 2, 3, 96, 2, 0, 96, 2, 2, 96, 2, 3, 80, 2, 0, 80, 2, 2, 80, 2, 3,  //
-             64, 2, 0, 64, 2, 2, 64, 2, 3, 80, 3, 2, 64, 3, 0, 64, 3, 1, 64, 3, 2, 48, 3, 0, 48, 3, 1, 48, 3, 2>(
+  try_shapes<128, 2, 1, 96, 2, 1, 80, 2, 1, 64, 2, 1, 96, 3, 0, 80, 3, 0, 80, 3, 1, 64, 3, 0, 48, 3, 0, 32, 3, 0>(
       p, plan, stream);
 }
 

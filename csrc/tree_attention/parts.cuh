@@ -5,15 +5,15 @@
 
 #include "common/launch.h"
 #include "common/numeric.cuh"
-#include "tree_attention/line.cuh"
+#include "tree_attention/sm90_producer.cuh"
 
 namespace specvlm {
 
 constexpr float kNothing = -3.0e38f;  // reference of a column that has seen nothing; -inf would make differences NaN
 
-// A part as the threads of a warpgroup hold it: for every eight columns (an octet) and half of the dims one float4 a
-// thread; then the columns' references (log2) and sums. A CTA leaves at most two parts: the rest of an item that others
-// began, and the begin of one that others end.
+// A part as the threads of a warpgroup hold it: for every eight rows (an octet) and 64 dims one float4 a thread; then
+// the rows' references (log2) and sums. A CTA leaves at most two parts: the rest of an item that others began, and the
+// begin of one that others end.
 template <int D>
 struct Part {
   float* workspace;
@@ -32,43 +32,25 @@ struct Part {
   __device__ float* sums() const { return references() + columns; }
 };
 
-// Tells the combine kernel what becomes of every item: int4(first CTA, parts, live rows of the request and head, 0);
-// parts is 0 if no row sees anything. They lie in the workspace behind the parts; a warp of every CTA writes some.
-template <int D>
-__device__ __forceinline__ void write_items(const TreeAttentionParams& p, const ItemLine& line, const int* prefix,
-                                            int total, int columns) {
-  const RowTiles& rows_of = line.rows_of;
-  const Cut cut(gridDim.x, total);
-  auto* items = reinterpret_cast<int4*>(p.workspace + Part<D>::floats(gridDim.x, columns));
-  const int per_request = p.kv_heads * rows_of.count, count = p.batch * per_request;
-#pragma unroll 1
-  for (int i = blockIdx.x + threadIdx.x % 32 * gridDim.x; i < count; i += 32 * gridDim.x) {
-    const int request = i / per_request, head = i % per_request / rows_of.count, row_tile = i % rows_of.count;
-    const int context = line.context(request), live = line.live(request);
-    const int tiles = line.tiles(context, live, row_tile);
-    int4 item = make_int4(0, 0, live * rows_of.group, 0);
-    if (tiles > 0) {
-      int start = prefix[request] + head * line.units_per_head(context, live) + kSegmentCost;
-#pragma unroll 1
-      for (int r = 0; r < row_tile; ++r) start += line.units(context, live, r);
-      item.x = cut.cta_at(start);
-      item.y = cut.cta_at(start + tiles - 1) - item.x + 1;
-    }
-    items[i] = item;
-  }
-}
+constexpr int kMaxParts = 256;
 
-constexpr int kCombineGroups = 2, kMaxParts = 256, kLoadsInFlight = 4;
-
-// One CTA per item and octet. Threads hold four values of the octet as the attention kernel's did: columns
-// 2 * (lane % 4) and the next, dims 64 * half + 16 * warp + lane / 4 and 8 further; each group of threads takes half of
-// the parts, in the order of the cache, and the halves are added in order too.
-template <typename T, int D>
-__global__ void __launch_bounds__(kCombineGroups* Part<D>::kOctet)
-    combine_parts_kernel(const __grid_constant__ TreeAttentionParams p, const RowTiles rows_of, int columns, int ctas) {
-  __shared__ __align__(16) float weights[kMaxParts][8], tops[8], totals[8];
-  __shared__ float4 gathered[Part<D>::kOctet];
+// One CTA per item and octet. Threads hold four values as the attention kernels' did. sm90.cuh: rows
+// 2 * (lane % 4) and the next, dims 64 * half + 16 * warp + lane / 4 and 8 further; sm90_rows.cuh (ROWS): row lane / 4,
+// dims 64 * half + 16 * warp + 2 * (lane % 4) and the next, and 8 further. Each of GROUPS groups of threads takes its
+// share of the parts, in the order of the cache, and the groups' sums are added in order too. Where the parts lie
+// follows from the lengths, which all kernels before the attention kernel have long written: it is worked out while
+// that one still runs.
+template <typename T, int D, int GROUPS, bool ROWS>
+__global__ void __launch_bounds__(GROUPS* Part<D>::kOctet, GROUPS == 2 ? 2 : 1)
+    combine_parts_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ RowTiles rows_of,
+                         int columns, int ctas) {
+  constexpr int kOctet = Part<D>::kOctet, kLoadsInFlight = 9;
+  __shared__ __align__(16) float weights[kMaxParts][8];
+  __shared__ float sums[kMaxParts][8], tops[8], totals[8];
+  __shared__ float4 gathered[GROUPS - 1][kOctet];
   __shared__ __align__(16) T result[8][D];
+  __shared__ int3 place;  // the team that begins the item, parts, live rows
+  extern __shared__ int prefix[];
   const int octet = blockIdx.x, request = blockIdx.z, lane = threadIdx.x % 32;
   int head = blockIdx.y, row_tile = 0;
   if (rows_of.count > 1) head = blockIdx.y / rows_of.count, row_tile = blockIdx.y % rows_of.count;
@@ -77,37 +59,49 @@ __global__ void __launch_bounds__(kCombineGroups* Part<D>::kOctet)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n");
 #endif
-  if (rows <= 0) return;
-  const int thread = threadIdx.x % Part<D>::kOctet, my_group = threadIdx.x / Part<D>::kOctet;
-  const auto* items = reinterpret_cast<const int4*>(p.workspace + Part<D>::floats(ctas, columns));
+  if (threadIdx.x < 32) {
+    const TeamLine line(p, rows_of);
+    const Cut cut(ctas / rows_of.side, line.scan(prefix));
+    const int live = line.live(request), tiles = line.tiles(line.context(request), live, row_tile);
+    int3 at = make_int3(0, 0, live * rows_of.group);
+    if (tiles > 0) {
+      const int start = line.start(prefix, request, head, row_tile);
+      at.x = cut.cta_at(start);
+      at.y = cut.cta_at(start + tiles - 1) - at.x + 1;
+    }
+    if (lane == 0) place = at;
+  }
+  __syncthreads();
+  const int parts = place.y, live_rows = place.z;
+  const int first = place.x * rows_of.side + row_tile % rows_of.side;  // CTA
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // every CTA: whoever waits for this kernel waits for both
 #endif
-  const int4 item = items[blockIdx.z * gridDim.y + blockIdx.y];
-  const int first = item.x, parts = item.y, live_rows = item.z;
-  if (parts == 1) return;  // written by its only CTA
+  if (parts == 1 || rows <= 0) return;  // written by its only CTA
 
+  const int thread = threadIdx.x % kOctet, group = threadIdx.x / kOctet;
   // float4s (and, times four, floats) from the first CTA's place to part i: it lies in the CTA's second slot if i is 0
   const int stride = 2 * columns * (D + 2) / 4;
   const auto* base = reinterpret_cast<const float4*>(Part<D>{p.workspace, columns, first, false}.base());
-  auto offset_of = [&](int i) { return i == 0 ? stride / 2 : i * stride; };
-  const float* references = reinterpret_cast<const float*>(base) + columns * D + octet * 8;
-  const int share = (parts + kCombineGroups - 1) / kCombineGroups, stop = min(parts, (my_group + 1) * share);
-  int at = my_group * share;
+  auto offset_of = [&](int i) { return i == 0 ? stride / 2 : i * stride * rows_of.side; };
+  const int share = (parts + GROUPS - 1) / GROUPS, stop = min(parts, (group + 1) * share);
+  int at = group * share;
   float4 loaded[kLoadsInFlight];
   auto load = [&] {
 #pragma unroll
     for (int i = 0; i < kLoadsInFlight; ++i)
-      loaded[i] = at + i < stop ? base[offset_of(at + i) + octet * Part<D>::kOctet + thread]
-                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      loaded[i] =
+          at + i < stop ? base[offset_of(at + i) + octet * kOctet + thread] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   };
   load();
   if (threadIdx.x < 256) {  // a warp a column
     const int n = threadIdx.x / 32;
+    const float* references = reinterpret_cast<const float*>(base) + columns * D + octet * 8 + n;
     float top = kNothing, sum = 0.0f;
 #pragma unroll 1
     for (int i = lane; i < parts; i += 32) {
-      const float reference = references[4 * offset_of(i) + n];
+      const float reference = references[4 * offset_of(i)];
+      sums[i][n] = references[4 * offset_of(i) + columns];
       weights[i][n] = reference;
       top = fmaxf(top, reference);
     }
@@ -117,7 +111,7 @@ __global__ void __launch_bounds__(kCombineGroups* Part<D>::kOctet)
     for (int i = lane; i < parts; i += 32) {
       const float weight = exp2_fast(weights[i][n] - top);
       weights[i][n] = weight;
-      sum = fmaf(references[4 * offset_of(i) + columns + n], weight, sum);
+      sum = fmaf(sums[i][n], weight, sum);
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -125,34 +119,39 @@ __global__ void __launch_bounds__(kCombineGroups* Part<D>::kOctet)
   }
   __syncthreads();
 
-  const int column = lane % 4 * 2;
+  const int row_a = ROWS ? lane / 4 : lane % 4 * 2, row_b = ROWS ? row_a : row_a + 1;  // of x, z and of y, w
   float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   while (true) {
 #pragma unroll
     for (int i = 0; i < kLoadsInFlight; ++i) {
-      const float2 weight =
-          at + i < stop ? *reinterpret_cast<const float2*>(&weights[at + i][column]) : make_float2(0.0f, 0.0f);
-      value.x = fmaf(loaded[i].x, weight.x, value.x);
-      value.y = fmaf(loaded[i].y, weight.y, value.y);
-      value.z = fmaf(loaded[i].z, weight.x, value.z);
-      value.w = fmaf(loaded[i].w, weight.y, value.w);
+      const float a = at + i < stop ? weights[at + i][row_a] : 0.0f;
+      const float b = at + i < stop ? weights[at + i][row_b] : 0.0f;
+      value.x = fmaf(loaded[i].x, a, value.x);
+      value.y = fmaf(loaded[i].y, b, value.y);
+      value.z = fmaf(loaded[i].z, a, value.z);
+      value.w = fmaf(loaded[i].w, b, value.w);
     }
     at += kLoadsInFlight;
     if (at >= stop) break;
     load();
   }
-  if (my_group == 1) gathered[thread] = value;
+  if (group > 0) gathered[group - 1][thread] = value;
   __syncthreads();
-  if (my_group == 0) {
-    const float4 other = gathered[thread];
-    const float a = totals[column], b = totals[column + 1];
-    const bool seen_a = first_row + column < live_rows && a > 0.0f;
-    const bool seen_b = first_row + column + 1 < live_rows && b > 0.0f;
-    const int dim = thread / 128 * 64 + thread % 128 / 32 * 16 + lane / 4;
-    result[column][dim] = static_cast<T>(seen_a ? (value.x + other.x) / a : 0.0f);
-    result[column + 1][dim] = static_cast<T>(seen_b ? (value.y + other.y) / b : 0.0f);
-    result[column][dim + 8] = static_cast<T>(seen_a ? (value.z + other.z) / a : 0.0f);
-    result[column + 1][dim + 8] = static_cast<T>(seen_b ? (value.w + other.w) / b : 0.0f);
+  if (group == 0) {
+#pragma unroll
+    for (int g = 0; g + 1 < GROUPS; ++g) {
+      const float4 other = gathered[g][thread];
+      value.x += other.x, value.y += other.y, value.z += other.z, value.w += other.w;
+    }
+    const float a = totals[row_a], b = totals[row_b];
+    const bool seen_a = first_row + row_a < live_rows && a > 0.0f;
+    const bool seen_b = first_row + row_b < live_rows && b > 0.0f;
+    const int dim_a = thread / 128 * 64 + thread % 128 / 32 * 16 + (ROWS ? lane % 4 * 2 : lane / 4),
+              dim_b = ROWS ? dim_a + 1 : dim_a;
+    result[row_a][dim_a] = static_cast<T>(seen_a ? value.x / a : 0.0f);
+    result[row_b][dim_b] = static_cast<T>(seen_b ? value.y / b : 0.0f);
+    result[row_a][dim_a + 8] = static_cast<T>(seen_a ? value.z / a : 0.0f);
+    result[row_b][dim_b + 8] = static_cast<T>(seen_b ? value.w / b : 0.0f);
   }
   __syncthreads();
   const int n = threadIdx.x / (D / 8), chunk = threadIdx.x % (D / 8);
@@ -168,12 +167,23 @@ __global__ void __launch_bounds__(kCombineGroups* Part<D>::kOctet)
                                             : __int_as_float(0xff800000);
 }
 
-template <typename T, int D>
+template <typename T, int D, int GROUPS, bool ROWS>
+void launch_combine_groups(const TreeAttentionParams& p, const TreeAttentionPlan& plan, const RowTiles& rows_of,
+                           dim3 grid, cudaStream_t stream) {
+  const int shared = (p.batch + 1) * 4;
+  prepare_kernel<combine_parts_kernel<T, D, GROUPS, ROWS>>(shared);
+  launch_overlapped(combine_parts_kernel<T, D, GROUPS, ROWS>, grid, dim3(GROUPS * Part<D>::kOctet), shared, stream, p,
+                    rows_of, plan.columns, plan.ctas);
+}
+
+template <typename T, int D, bool ROWS>
 void launch_combine_parts(const TreeAttentionParams& p, const TreeAttentionPlan& plan, const RowTiles& rows_of,
                           cudaStream_t stream) {
-  prepare_kernel<combine_parts_kernel<T, D>>(0);
-  launch_overlapped(combine_parts_kernel<T, D>, dim3((rows_of.rows + 7) / 8, p.kv_heads * rows_of.count, p.batch),
-                    dim3(kCombineGroups * Part<D>::kOctet), 0, stream, p, rows_of, plan.columns, plan.ctas);
+  const dim3 grid((rows_of.rows + 7) / 8, p.kv_heads * rows_of.count, p.batch);
+  if (static_cast<std::int64_t>(grid.x) * grid.y * grid.z <= plan.ctas)  // few CTAs: each with more loads in flight
+    launch_combine_groups<T, D, 4, ROWS>(p, plan, rows_of, grid, stream);
+  else
+    launch_combine_groups<T, D, 2, ROWS>(p, plan, rows_of, grid, stream);
 }
 
 }  // namespace specvlm

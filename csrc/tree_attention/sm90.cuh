@@ -12,12 +12,9 @@
 #include "common/hopper.cuh"
 #include "common/numeric.cuh"
 #include "tree_attention/parts.cuh"
+#include "tree_attention/sm90_producer.cuh"
 
 namespace specvlm {
-
-constexpr int kWarpgroup = 128;
-constexpr int kAttentionThreads = 3 * kWarpgroup;
-constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
 
 template <int D, int COLS>
 struct AttentionLayout {
@@ -37,39 +34,9 @@ struct AttentionLayout {
   static constexpr int kRuns = kReference + kRows * 4;
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
   static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
-  // two copies of the units before each request, the producer's state; 1024: to align the base
-  static constexpr int bytes(int batch) { return kPrefix + (2 * (batch + 1) + 2) * 4 + 1024; }
+  // the units before each request, the producer's state; 1024: to align the base
+  static constexpr int bytes(int batch) { return kPrefix + (batch + 1 + 2) * 4 + 1024; }
 };
-
-// The tiles of a cache as boxes that TMA can fetch: whole, or page by page, one lane a page.
-struct TileSource {
-  const TreeAttentionParams& p;
-  int page_shift, box_shift;  // log2 of the positions in a page and in a box
-
-  __device__ bool has(int lane) const { return lane < kTile >> box_shift; }
-  // The request or page, and the first position in it, of a lane's box.
-  __device__ int2 place(int lane, int request, int tile) const {
-    const int position = tile * kTile + (lane << box_shift);
-    if (p.page_table == nullptr) return make_int2(request, position);
-    const int index = position >> page_shift;
-    if (!has(lane) || index >= p.max_pages) return make_int2(p.pages, 0);  // outside of the map: zeros
-    const int page = p.page_table[request * p.page_table_stride + index];
-    return make_int2(min(max(page, 0), p.pages - 1), position & (p.page_size - 1));
-  }
-  template <int HALVES>
-  __device__ void load(char* stage, const CUtensorMap* map, int lane, int head, int2 place, std::uint64_t* full) const {
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half)
-      load_box(stage + half * kTile * 128 + (lane << box_shift) * 128, map, half * 64, head, place.y, place.x, full);
-  }
-};
-
-// Read anew where it is needed: kept in a register, or what follows from it, it would cost a spill.
-__device__ __forceinline__ int thread_again() {
-  int index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
-}
 
 template <typename T, int D, int COLS>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
@@ -80,125 +47,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   using L = AttentionLayout<D, COLS>;
   extern __shared__ char raw_shared[];
   char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
-  auto* full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
-  auto *empty_k = full_k + L::kStagesK, *full_v = empty_k + L::kStagesK, *empty_v = full_v + L::kStagesV;
-  auto *full_q = empty_v + L::kStagesV, *empty_q = full_q + 1;
-  auto* runs = reinterpret_cast<volatile ItemRun*>(shared + L::kRuns);  // one, the next, and one whose end is not out
-
-  constexpr int kReady = 5;  // named barrier: the mbarriers are initialized
   if (threadIdx.x >= 2 * kWarpgroup) {
     give_registers<24>();  // 384 threads start with 168 each: 240 for two warpgroups leave 24
-    const int lane = threadIdx.x % 32;
-    if (threadIdx.x >= 2 * kWarpgroup + 64) return;
-    const ItemLine line(p, rows_of);
-    int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
-    if (threadIdx.x >= 2 * kWarpgroup + 32) {
-      asm volatile("griddepcontrol.wait;\n" ::: "memory");
-      // ---- scribe: tells the combine kernel what becomes of every item
-      prefix += p.batch + 1;
-      const int total = line.scan(prefix);
-      write_items<D>(p, line, prefix, total, L::kRows);
-      return;
-    }
-    // ---- producer
-    if (lane == 0) {
-      prefetch_map(&k_map);
-      prefetch_map(&q_map);
-      prefetch_map(&v_map);
-#pragma unroll
-      for (int i = 0; i < L::kStagesK; ++i) {
-        ptx::mbarrier_init(full_k + i, 1);
-        ptx::mbarrier_init(empty_k + i, 8);  // every consumer warp says that it is done with a stage
-      }
-#pragma unroll
-      for (int i = 0; i < L::kStagesV; ++i) {
-        ptx::mbarrier_init(full_v + i, 1);
-        ptx::mbarrier_init(empty_v + i, 8);
-      }
-      ptx::mbarrier_init(full_q, 1);
-      ptx::mbarrier_init(empty_q, 8);
-      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-    }
-    __syncwarp();
-    named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
-    const int total = line.scan(prefix);
-    const Cut cut(gridDim.x, total);
-    volatile int *limit = prefix + 2 * (p.batch + 1), *slot = limit + 1;  // in registers they would cost spills
-    if (lane == 0) {
-      *limit = cut.start(blockIdx.x + 1);
-      *slot = 0;
-    }
-    int unit = cut.start(blockIdx.x);
-    const TileSource source{p, page_shift, min(page_shift, kTileShift)};
-    __syncwarp();
-    int k_stage = 0, v_stage = 0;
-    std::uint32_t k_phase = 1, v_phase = 1, q_phase = 1;  // the rings start empty, and so does Q
-    while (unit < *limit) {
-      volatile ItemRun* run = runs + *slot;
-      {
-        const ItemRun s = line.run(prefix, unit, *limit);
-        unit += s.units;
-        if (s.begin == s.end) continue;
-        if (lane == 0) {
-          run->request = s.request;
-          run->head = s.head;
-          run->row_tile = s.row_tile;
-          run->begin = s.begin;
-          run->end = s.end;
-          run->item_tiles = s.item_tiles;
-          run->context = s.context;
-          run->live = s.live;
-        }
-        __syncwarp();
-      }
-      int t = run->begin;
-#pragma unroll 1
-      for (bool first = true; t < run->end; ++t, first = false) {
-        const int2 place = source.place(thread_again() % 32, run->request, t);
-        auto load = [&](int ring, int at, const CUtensorMap* map, std::uint64_t* full) {
-          if (lane == 0)
-            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at,
-                                           L::kTileBytes);
-          __syncwarp();
-          if (source.has(lane))
-            source.load<L::kHalves>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
-                                    full + at);
-        };
-        wait_for_phase(empty_k + k_stage, k_phase);
-        load(L::kK, k_stage, &k_map, full_k);
-        if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
-        wait_for_phase(empty_v + v_stage, v_phase);
-        load(L::kV, v_stage, &v_map, full_v);
-        if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
-        if (!first) continue;
-        // Q behind the first tile: its place is free only when the keys of the item before are done
-        wait_for_phase(empty_q, q_phase);
-        q_phase ^= 1;
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_q,
-                                         L::kHalves * rows_of.rows * 128);
-#pragma unroll
-          for (int h = 0; h < L::kHalves; ++h)
-            load_box(shared + L::kQ + h * L::kRows * 128, &q_map, h * 64, run->head * rows_of.group,
-                     run->row_tile * rows_of.nodes, run->request, full_q);
-        }
-        __syncwarp();
-      }
-      if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
-      __syncwarp();
-    }
-    wait_for_phase(empty_q, q_phase);
-    if (lane == 0) {
-      runs[*slot].begin = 0;  // no more
-      runs[*slot].end = 0;
-      ptx::mbarrier_arrive(full_q);
-    }
+    produce<L>(p, q_map, k_map, v_map, rows_of, page_shift, shared);
     return;
   }
 
-  // ---- consumers
   take_registers<240>();
+  const AttentionRing<L> ring(shared);
+  const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
   {  // Q's columns without a row: TMA never writes them
     constexpr int kChunks = L::kHalves * 8;
 #pragma unroll 1
@@ -214,7 +71,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const int group_of_warps = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
   const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
-  const float scale = p.scale * 1.4426950408889634f;  // scores in log2
+  const float scale = p.scale * 1.4426950408889634f;  // scores in log2; never 0
   char* p_shared = shared + L::kP + group_of_warps * 2 * L::kPBytes;
   auto* mask_shared =
       reinterpret_cast<std::uint16_t*>(shared + L::kMask) + group_of_warps * 4 * COLS;  // [warp][column]
@@ -359,14 +216,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         named_barrier(barrier, kWarpgroup);
         seen_by_any = (union_shared[0] | union_shared[1]) | (union_shared[2] | union_shared[3]);
         unset |= owner && column_reference[column] == kNothing;
+        const float hidden = copysignf(__int_as_float(0x7f800000), -scale);  // times scale: -inf
         const auto* mine_of = reinterpret_cast<const std::uint32_t*>(mask_shared + warp * COLS + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < COLS / 8; ++i) {  // bits 0, 8, 16 and 24: two positions of a column, then of the next
           const std::uint32_t bits = mine_of[i * 4] >> (lane / 4);
-          if (!(bits & 1u)) scores[4 * i] = __int_as_float(0xff800000);
-          if (!(bits & 1u << 16)) scores[4 * i + 1] = __int_as_float(0xff800000);
-          if (!(bits & 1u << 8)) scores[4 * i + 2] = __int_as_float(0xff800000);
-          if (!(bits & 1u << 24)) scores[4 * i + 3] = __int_as_float(0xff800000);
+          if (!(bits & 1u)) scores[4 * i] = hidden;
+          if (!(bits & 1u << 16)) scores[4 * i + 1] = hidden;
+          if (!(bits & 1u << 8)) scores[4 * i + 2] = hidden;
+          if (!(bits & 1u << 24)) scores[4 * i + 3] = hidden;
         }
       }
       float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};  // four chains: one would be a chain of 52 dependent steps

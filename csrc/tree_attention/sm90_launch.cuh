@@ -2,11 +2,13 @@
 #pragma once
 
 #include <iterator>
+#include <limits>
 
 #include "common/check.h"
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "tree_attention/sm90.cuh"
+#include "tree_attention/sm90_rows.cuh"
 
 namespace specvlm {
 
@@ -23,9 +25,11 @@ inline CUtensorMap cache_map(const char* name, const void* base, const TreeAtten
        {paged ? p.pages : p.batch, strides.batch, 1}});
 }
 
-template <typename T, int D, int COLS>
-void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
-  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile};
+// L: the kernel's layout of shared memory. ROWS: how it leaves its parts, see parts.cuh.
+template <typename T, int D, class L, bool ROWS, auto KERNEL>
+void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
+  if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // 0 * -inf would be NaN
+  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile, plan.run_cost, plan.side};
   rows_of.nodes = rows_of.rows / rows_of.group;
   const CUtensorMap q_map = half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, D,
                                             {{p.q_heads, p.q_strides.head, rows_of.group},
@@ -35,11 +39,11 @@ void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentio
   int page_shift = kTileShift;
   if (p.page_table != nullptr)
     for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
-  const int shared = AttentionLayout<D, COLS>::bytes(p.batch);
-  prepare_kernel<tree_attention_kernel<T, D, COLS>>(shared);
-  launch_overlapped(tree_attention_kernel<T, D, COLS>, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p,
-                    q_map, k_map, v_map, rows_of, page_shift);
-  launch_combine_parts<T, D>(p, plan, rows_of, stream);
+  const int shared = L::bytes(p.batch);
+  prepare_kernel<KERNEL>(shared);
+  launch_overlapped(KERNEL, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p, q_map, k_map, v_map, rows_of,
+                    page_shift);
+  launch_combine_parts<T, D, ROWS>(p, plan, rows_of, stream);
 }
 
 template <typename T, int D, int INDEX = 0>
@@ -47,7 +51,9 @@ void dispatch_columns(const TreeAttentionParams& p, const TreeAttentionPlan& pla
   if constexpr (INDEX == std::size(kColumns)) {
     throw std::invalid_argument("plan: made by tree_attention_plan?");
   } else if (2 * kColumns[INDEX] == plan.columns) {
-    launch_tree_attention_sm90<T, D, kColumns[INDEX]>(p, plan, stream);
+    constexpr int kCols = kColumns[INDEX];
+    launch_tree_attention_sm90<T, D, AttentionLayout<D, kCols>, false, tree_attention_kernel<T, D, kCols>>(p, plan,
+                                                                                                           stream);
   } else {
     dispatch_columns<T, D, INDEX + 1>(p, plan, stream);
   }
@@ -55,7 +61,10 @@ void dispatch_columns(const TreeAttentionParams& p, const TreeAttentionPlan& pla
 
 template <typename T, int D>
 void tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
-  dispatch_columns<T, D>(p, plan, stream);
+  if (plan.kernel == TreeAttentionKernel::kSm90Rows)
+    launch_tree_attention_sm90<T, D, RowsLayout<D>, true, tree_attention_rows_kernel<T, D>>(p, plan, stream);
+  else
+    dispatch_columns<T, D>(p, plan, stream);
 }
 
 }  // namespace specvlm

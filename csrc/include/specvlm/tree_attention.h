@@ -36,7 +36,7 @@ struct TreeAttentionParams {
   HalfType dtype;
 };
 
-enum class TreeAttentionKernel { kSm80, kSm90 };
+enum class TreeAttentionKernel { kSm80, kSm90, kSm90Rows };  // rows: for many, see csrc/tree_attention/sm90_rows.cuh
 
 // Which kernel runs and how the work is cut: every CTA reads each K/V tile once for `row_tile` packed rows (node, head
 // of the group).
@@ -46,6 +46,8 @@ struct TreeAttentionPlan {
   int row_tiles;  // per KV head
   int columns;    // row_tile rounded up to what the kernel was built for
   int group;      // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
+  int side;       // kSm90, kSm90Rows: row tiles that as many CTAs take side by side, over the same tiles
+  int run_cost;   // kSm90, kSm90Rows: what an item costs a CTA besides its tiles, in tiles
   int ctas;
   std::size_t workspace_floats;
 };

@@ -1,0 +1,109 @@
+// How the Hopper kernel's CTAs share the work. All of it is straight-line code that a CTA runs once, so it is kept
+// short: an instruction that is not in the caches costs as much as 15 that are (measured on an H200).
+#pragma once
+
+#include <cstdint>
+
+#include "tree_attention/line.cuh"
+
+namespace specvlm {
+
+constexpr int kMostSide = 4;  // row tiles side by side
+
+// A run of tiles of one item: a request, a KV head and a row tile.
+struct ItemRun {
+  int request, head, row_tile;
+  int begin, end;     // tiles of the item; none if the run holds nothing but overhead
+  int item_tiles;     // all tiles of the item
+  int context, live;  // of the request: tokens before the tree, nodes
+  int units;          // how far the run goes on the line
+};
+
+// A team of `side` CTAs reads the same tiles at the same time, each for a row tile of its own, so that K and V come
+// from device memory once. The line that is cut among the teams: for every request, head and `side` row tiles
+// rows_of.run_cost units of no tile and then as many as the longest of these row tiles has tiles.
+struct TeamLine : ItemLine {
+  using ItemLine::ItemLine;
+
+  __device__ int units_side_by_side(int context, int live, int first_row_tile) const {
+    const int first = first_row_tile * rows_of.nodes;
+    if (first >= live) return 0;
+    const int seen = p.tree_mask == nullptr ? min(first + rows_of.side * rows_of.nodes, live) : live;
+    const int count = (min(context + seen, p.capacity) + kTile - 1) / kTile;
+    return count == 0 ? 0 : rows_of.run_cost + count;
+  }
+  __device__ int units_per_head(int context, int live) const {
+    int sum = units_side_by_side(context, live, 0);
+#pragma unroll 1
+    for (int r = rows_of.side; r < rows_of.count; r += rows_of.side) sum += units_side_by_side(context, live, r);
+    return sum;
+  }
+
+  // A warp's scan over the batch: prefix[b] = units before request b; returns those of all.
+  __device__ int scan(int* prefix) const {
+    const int lane = threadIdx.x % 32;
+    int before = 0;
+    if (p.batch == 1) {  // every lane by itself
+      before = p.kv_heads * units_per_head(context(0), live(0));
+      if (lane < 2) prefix[lane] = lane * before;
+      __syncwarp();
+      return before;
+    }
+#pragma unroll 1
+    for (int first = 0; first < p.batch; first += 32) {
+      const int request = first + lane;
+      int sum = request < p.batch ? p.kv_heads * units_per_head(context(request), live(request)) : 0;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+      }
+      if (request < p.batch) prefix[request + 1] = before + sum;
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    if (lane == 0) prefix[0] = 0;
+    __syncwarp();
+    return before;
+  }
+
+  // The run of a team's member that starts at a unit of the line and ends before `limit`.
+  __device__ ItemRun run(const int* prefix, int unit, int limit, int member) const {
+    ItemRun s;
+    s.request = 0;
+    if (p.batch > 1)
+#pragma unroll 1
+      while (prefix[s.request + 1] <= unit) ++s.request;
+    s.context = context(s.request), s.live = live(s.request);
+    const int per_head = units_per_head(s.context, s.live);
+    int rest = unit - prefix[s.request];
+    s.head = static_cast<int>(static_cast<unsigned>(rest) / static_cast<unsigned>(per_head));
+    rest -= s.head * per_head;
+    s.row_tile = 0;
+    int length = units_side_by_side(s.context, s.live, 0);
+    // the bound is for lengths that change meanwhile, in a rehearsal
+#pragma unroll 1
+    while (rest >= length && s.row_tile + rows_of.side < rows_of.count) {
+      rest -= length;
+      s.row_tile += rows_of.side;
+      length = units_side_by_side(s.context, s.live, s.row_tile);
+    }
+    s.row_tile += member;
+    s.item_tiles = s.row_tile < rows_of.count ? tiles(s.context, s.live, s.row_tile) : 0;
+    s.units = min(length - rest, limit - unit);
+    s.begin = max(rest - rows_of.run_cost, 0);
+    s.end = min(max(rest + s.units - rows_of.run_cost, s.begin), s.item_tiles);
+    return s;
+  }
+
+  // Where on the line an item's first tile is.
+  __device__ int start(const int* prefix, int request, int head, int row_tile) const {
+    const int context = this->context(request), live = this->live(request);
+    int unit = prefix[request] + head * units_per_head(context, live) + rows_of.run_cost;
+#pragma unroll 1
+    for (int r = rows_of.side; r <= row_tile; r += rows_of.side)
+      unit += units_side_by_side(context, live, r - rows_of.side);
+    return unit;
+  }
+};
+
+}  // namespace specvlm

@@ -1,0 +1,190 @@
+// What feeds the Hopper kernels: a warp that walks along the line of tiles and asks TMA for Q and for a ring of K/V
+// tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "common/hopper.cuh"
+#include "tree_attention/sm90_line.cuh"
+
+namespace specvlm {
+
+constexpr int kWarpgroup = 128;
+constexpr int kAttentionThreads = 3 * kWarpgroup;  // two warpgroups of consumers, and one whose first warp produces
+constexpr int kReady = 5;                          // named barrier: the mbarriers are initialized
+constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
+
+// The tiles of a cache as boxes that TMA can fetch: whole, or page by page, one lane a page.
+struct TileSource {
+  const TreeAttentionParams& p;
+  int page_shift, box_shift;  // log2 of the positions in a page and in a box
+
+  __device__ bool has(int lane) const { return lane < kTile >> box_shift; }
+  // The request or page, and the first position in it, of a lane's box.
+  __device__ int2 place(int lane, int request, int tile) const {
+    const int position = tile * kTile + (lane << box_shift);
+    if (p.page_table == nullptr) return make_int2(request, position);
+    const int index = position >> page_shift;
+    if (!has(lane) || index >= p.max_pages) return make_int2(p.pages, 0);  // outside of the map: zeros
+    const int page = p.page_table[request * p.page_table_stride + index];
+    return make_int2(min(max(page, 0), p.pages - 1), position & (p.page_size - 1));
+  }
+  template <int HALVES>
+  __device__ void load(char* stage, const CUtensorMap* map, int lane, int head, int2 place, std::uint64_t* full) const {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half)
+      load_box(stage + half * kTile * 128 + (lane << box_shift) * 128, map, half * 64, head, place.y, place.x, full);
+  }
+};
+
+// Read anew where it is needed: kept in a register, or what follows from it, it would cost a spill.
+__device__ __forceinline__ int thread_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// The kernels' mbarriers in shared memory, and the runs that the producer hands to the consumers.
+template <class L>
+struct AttentionRing {
+  std::uint64_t *full_k, *empty_k, *full_v, *empty_v, *full_q, *empty_q;
+  volatile ItemRun* runs;  // one, the next, and one whose end is not out; begin == end: no more
+
+  __device__ explicit AttentionRing(char* shared) {
+    full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
+    empty_k = full_k + L::kStagesK, full_v = empty_k + L::kStagesK, empty_v = full_v + L::kStagesV;
+    full_q = empty_v + L::kStagesV, empty_q = full_q + 1;
+    runs = reinterpret_cast<volatile ItemRun*>(shared + L::kRuns);
+  }
+};
+
+// Threads from 2 * kWarpgroup on. L says where everything lies in shared memory. 24 registers a thread.
+template <class L>
+__device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUtensorMap& q_map,
+                                        const CUtensorMap& k_map, const CUtensorMap& v_map, const RowTiles& rows_of,
+                                        int page_shift, char* shared) {
+  const AttentionRing<L> ring(shared);
+  const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x >= 2 * kWarpgroup + 32) return;
+  const TeamLine line(p, rows_of);
+  int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
+  if (lane == 0) {
+    prefetch_map(&k_map);
+    prefetch_map(&q_map);
+    prefetch_map(&v_map);
+#pragma unroll
+    for (int i = 0; i < L::kStagesK; ++i) {
+      ptx::mbarrier_init(full_k + i, 1);
+      ptx::mbarrier_init(empty_k + i, 8);  // every consumer warp says that it is done with a stage
+    }
+#pragma unroll
+    for (int i = 0; i < L::kStagesV; ++i) {
+      ptx::mbarrier_init(full_v + i, 1);
+      ptx::mbarrier_init(empty_v + i, 8);
+    }
+    ptx::mbarrier_init(full_q, 1);
+    ptx::mbarrier_init(empty_q, 8);
+    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+  }
+  __syncwarp();
+  named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
+  // in registers these would cost spills; slot: of the run, or -1 in the rehearsal
+  volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;
+  const TileSource source{p, page_shift, min(page_shift, kTileShift)};
+  if (lane == 0) *slot = -1;
+  __syncwarp();
+  // First a rehearsal, while the kernel before may still run: it brings code, lengths, Q and the first tiles near.
+  // The lengths may be old ones then, and so may be what it brings into the L2, which stays coherent.
+  do {
+    if (*slot >= 0) asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    int unit;
+    {
+      const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
+      const int team = rows_of.side == 1 ? blockIdx.x : blockIdx.x / rows_of.side;
+      unit = cut.start(team);
+      if (lane == 0) *limit = cut.start(team + 1);
+      __syncwarp();
+    }
+    int k_stage = 0, v_stage = 0;
+    std::uint32_t k_phase = 1, v_phase = 1, q_phase = 1;  // the rings start empty, and so does Q
+    while (unit < *limit) {
+      volatile ItemRun* run = runs + *slot;
+      {
+        const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
+        unit += s.units;
+        if (*slot < 0) {
+          if (lane < L::kHalves && s.begin < s.end)
+            prefetch_box(&q_map, lane * 64, s.head * rows_of.group, s.row_tile * rows_of.nodes, s.request);
+          const int t = s.begin + lane / L::kHalves;
+          if (p.page_table == nullptr && lane / L::kHalves < L::kStagesV && t < s.end) {
+            prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
+            prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
+          }
+          break;
+        }
+        if (s.begin >= s.end) continue;
+        if (lane == 0) {
+          run->request = s.request;
+          run->head = s.head;
+          run->row_tile = s.row_tile;
+          run->begin = s.begin;
+          run->end = s.end;
+          run->item_tiles = s.item_tiles;
+          run->context = s.context;
+          run->live = s.live;
+        }
+        __syncwarp();
+      }
+      int t = run->begin;
+#pragma unroll 1
+      for (bool first = true; t < run->end; ++t, first = false) {
+        const int2 place = source.place(thread_again() % 32, run->request, t);
+        auto load = [&](int ring, int at, const CUtensorMap* map, std::uint64_t* full) {
+          if (lane == 0)
+            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at,
+                                           L::kTileBytes);
+          __syncwarp();
+          if (source.has(lane))
+            source.load<L::kHalves>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
+                                    full + at);
+        };
+        wait_for_phase(empty_k + k_stage, k_phase);
+        load(L::kK, k_stage, &k_map, full_k);
+        if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
+        if (first) {  // behind the first keys: its place is free only when the products of the item before are done
+          wait_for_phase(empty_q, q_phase);
+          q_phase ^= 1;
+          if (lane == 0) {
+            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_q,
+                                           L::kHalves * rows_of.rows * 128);
+#pragma unroll
+            for (int h = 0; h < L::kHalves; ++h)
+              load_box(shared + L::kQ + h * L::kRows * 128, &q_map, h * 64, run->head * rows_of.group,
+                       run->row_tile * rows_of.nodes, run->request, full_q);
+          }
+          __syncwarp();
+        }
+        wait_for_phase(empty_v + v_stage, v_phase);
+        load(L::kV, v_stage, &v_map, full_v);
+        if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      }
+      if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
+      __syncwarp();
+    }
+    if (*slot >= 0) {
+      wait_for_phase(empty_q, q_phase);
+      if (lane == 0) {
+        runs[*slot].begin = 0;  // no more
+        runs[*slot].end = 0;
+        ptx::mbarrier_arrive(full_q);
+      }
+      return;
+    }
+    __syncwarp();
+    if (lane == 0) *slot = 0;
+    __syncwarp();
+  } while (true);
+}
+
+}  // namespace specvlm

@@ -1,0 +1,307 @@
+// Tree attention for Hopper with the packed rows on wgmma's 64-row side: S = Q K^T, O += P V.
+//
+// For many rows. Two warpgroups have 64 rows each; Q and P stay in registers as wgmma's A, so shared memory is read for
+// K and V alone, and a row's maximum lies in 4 lanes. With few rows most of the 64 would be padding: then sm90.cuh's
+// swapped operands are better. While a warpgroup takes the exponentials of a tile, the tensor cores multiply the values
+// of the tile before and what the other warpgroup brings. Line, producer and combine kernel are those of sm90.cuh.
+#pragma once
+
+#include <cstdint>
+
+#include "common/hopper.cuh"
+#include "common/numeric.cuh"
+#include "tree_attention/parts.cuh"
+#include "tree_attention/sm90_producer.cuh"
+
+namespace specvlm {
+
+constexpr int kRowsPerWarpgroup = 64;
+
+template <int D>
+struct RowsLayout {
+  static constexpr int kRows = 2 * kRowsPerWarpgroup;
+  static constexpr int kHalves = D / 64;
+  static constexpr int kTileBytes = kHalves * kTile * 128;
+  static constexpr int kStagesK = D == 128 ? 5 : 8, kStagesV = kStagesK;
+  static constexpr int kQ = 0;
+  static constexpr int kK = kQ + kHalves * kRows * 128;
+  static constexpr int kV = kK + kStagesK * kTileBytes;
+  static constexpr int kUnion = kV + kStagesV * kTileBytes;  // of the masks: one word per warp
+  static constexpr int kRuns = kUnion + 8 * 8;
+  static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
+  static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
+  static constexpr int bytes(int batch) { return kPrefix + (batch + 1 + 2) * 4 + 1024; }  // as AttentionLayout's
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kAttentionThreads, 1)
+    tree_attention_rows_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ CUtensorMap q_map,
+                               const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                               const RowTiles rows_of, int page_shift) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma and setmaxnreg are there on sm_90a alone
+  using L = RowsLayout<D>;
+  extern __shared__ char raw_shared[];
+  char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
+  if (threadIdx.x >= 2 * kWarpgroup) {
+    give_registers<24>();  // 384 threads start with 168 each: 240 for two warpgroups leave 24
+    produce<L>(p, q_map, k_map, v_map, rows_of, page_shift, shared);
+    return;
+  }
+
+  take_registers<240>();
+  const AttentionRing<L> ring(shared);
+  const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
+  named_barrier(kReady, 2 * kWarpgroup + 32);
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;\n");
+  // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
+  const int group_of_warps = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
+  const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
+  const float scale = p.scale * 1.4426950408889634f;                   // scores in log2; never 0
+  const float hidden = copysignf(__int_as_float(0x7f800000), -scale);  // times scale: -inf
+  auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 4;
+  const std::uint32_t k_operand = swizzled_operand(shared_address(shared + L::kK));
+  const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV));
+  const int warp_row = group_of_warps * kRowsPerWarpgroup + warp * 16;  // this thread's rows: + lane / 4, and 8 further
+  // where this lane's row of ldmatrix begins: the 16-byte chunks of a row are swizzled
+  const std::uint32_t q_lane =
+      shared_address(shared + L::kQ) + (warp_row + lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16;
+
+  // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
+  const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
+  auto take_turn = [&] { named_barrier(my_turn, 2 * kWarpgroup); };
+  auto pass_turn = [&] { named_barrier_arrive(other_turn, 2 * kWarpgroup); };
+  if (group_of_warps == 1) pass_turn();
+
+  int k_stage = 0, v_stage = 0;
+  std::uint32_t k_phase = 0, v_phase = 0, q_phase = 0;
+  for (volatile ItemRun* run = runs;; run = run == runs + 2 ? runs : run + 1) {
+    wait_for_phase(full_q, q_phase);
+    q_phase ^= 1;
+    const int begin = __shfl_sync(~0u, run->begin, 0), end = __shfl_sync(~0u, run->end, 0);
+    if (begin == end) break;
+    // positions below this are seen by every live row
+    const int unmasked =
+        __shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0);
+
+    std::uint32_t q[D / 16][4];
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step)
+      load_matrices(q[step], (q_lane + step / 4 * (L::kRows * 128)) ^ (step % 4 * 32));
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(empty_q);
+
+    float scores[32];
+    float acc[L::kHalves][32];            // the first tile's product overwrites them
+    std::uint32_t shares[kTile / 16][4];  // exp2 of the scores in 16 bits
+    float reference[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
+    bool fresh[2] = {true, true};  // rows that have seen nothing yet
+#pragma unroll
+    for (int i = 0; i < 32; ++i) asm volatile("" : "=f"(scores[i]));
+#pragma unroll
+    for (int h = 0; h < L::kHalves; ++h)
+#pragma unroll
+      for (int i = 0; i < 32; ++i) asm volatile("" : "=f"(acc[h][i]));
+#pragma unroll
+    for (int i = 0; i < kTile / 16 * 4; ++i) shares[i / 4][i % 4] = 0;
+
+    auto multiply_values = [&](bool accumulate) {
+      const std::uint32_t v_tile = v_operand + v_stage * (L::kTileBytes / 16);
+#pragma unroll
+      for (int step = 0; step < kTile / 16; ++step)
+#pragma unroll
+        for (int h = 0; h < L::kHalves; ++h)
+          WgmmaRegisters<T, 64, 1>::run(acc[h], shares[step],
+                                        swizzled_descriptor(v_tile + (h * (kTile * 128) + step * 2048) / 16),
+                                        step != 0 || accumulate);
+    };
+    auto keep_operands = [&] {
+      wgmma_keep(shares);
+#pragma unroll
+      for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
+    };
+
+    // As in sm90.cuh: a pass issues the products with a tile's keys and with the values of the tile before, of which
+    // only the first is awaited. For the first tile the product with V is of leftovers, which the next overwrites.
+    bool k_ready = false;
+#pragma unroll 1
+    for (int t = begin; t < end; ++t) {
+      if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
+      take_turn();
+      wgmma_keep(scores);
+      wgmma_keep(q);
+      keep_operands();
+      wgmma_fence();
+      const std::uint32_t k_tile = k_operand + k_stage * (L::kTileBytes / 16);
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step)
+        WgmmaRegisters<T, 64, 0>::run(
+            scores, q[step], swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16), step != 0);
+      wgmma_commit();
+      multiply_values(t > begin + 1);
+      wgmma_commit();
+      pass_turn();
+      const int v_before = v_stage;
+      if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      wgmma_wait<1>();
+      wgmma_keep(scores);
+      wgmma_keep(q);
+      if (lane == 0) ptx::mbarrier_arrive(empty_k + k_stage);
+      if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
+
+      const bool masked = (t + 1) * kTile > unmasked;
+      std::uint64_t seen_by_any = ~0ull;
+      if (masked) {
+        const int request = run->request, first_node = run->row_tile * rows_of.nodes;
+        const int context = run->context, live = run->live;
+        std::uint64_t any = 0;
+#pragma unroll 1
+        for (int n = thread; n < rows_of.rows; n += kWarpgroup)
+          any |= visible_bits(p, request, first_node + n / rows_of.group, context, live, t * kTile);
+        const std::uint64_t low = __reduce_or_sync(~0u, static_cast<unsigned>(any));
+        const std::uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(any >> 32));
+        if (lane == 0) union_shared[warp] = high << 32 | low;
+        named_barrier(barrier, kWarpgroup);
+        seen_by_any = (union_shared[0] | union_shared[1]) | (union_shared[2] | union_shared[3]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = warp_row + lane / 4 + 8 * r;
+          std::uint64_t bits = 0;
+          if (row < rows_of.rows)
+            bits = visible_bits(p, request, first_node + row / rows_of.group, context, live, t * kTile);
+          bits >>= lane % 4 * 2;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {  // positions 8 * i + lane % 4 * 2 and the next
+            const std::uint32_t two = static_cast<std::uint32_t>(bits >> (8 * i));
+            if (!(two & 1u)) scores[4 * i + 2 * r] = hidden;
+            if (!(two & 2u)) scores[4 * i + 2 * r + 1] = hidden;
+          }
+        }
+      }
+      float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        scores[i] = fmaf(scores[i], scale, -reference[i / 2 % 2]);
+        worst[i % 4] = fmaxf(worst[i % 4], scores[i]);
+      }
+      const bool above = fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) > kLag;
+      // References move at the first tile a row sees; later only when a score is far above its own.
+      const bool moved = __any_sync(~0u, above || ((t == begin || masked) && (fresh[0] || fresh[1])));
+      float decay[2] = {1.0f, 1.0f};
+      if (moved) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float top = scores[2 * r];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+          const bool nothing = top == __int_as_float(0xff800000);
+          const float move = nothing ? 0.0f : fresh[r] ? top : fmaxf(top, 0.0f);
+          decay[r] = fresh[r] ? 1.0f : exp2_fast(-move);
+          fresh[r] = fresh[r] && nothing;
+          reference[r] += move;
+          sum[r] *= decay[r];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) scores[4 * i + 2 * r] -= move, scores[4 * i + 2 * r + 1] -= move;
+        }
+      }
+      const bool v_ready = phase_done(full_v + v_stage, v_phase);  // asked early: the answer takes 60 cycles
+#pragma unroll
+      for (int i = 0; i < 32; ++i) scores[i] = exp2_fast(scores[i]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float part[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          part[i] = (scores[8 * i + 2 * r] + scores[8 * i + 2 * r + 1]) +
+                    (scores[8 * i + 4 + 2 * r] + scores[8 * i + 5 + 2 * r]);
+        sum[r] += (part[0] + part[1]) + (part[2] + part[3]);
+      }
+
+      if (!v_ready) wait_for_phase(full_v + v_stage, v_phase);
+      if (masked && ~seen_by_any != 0) {  // a position that no row sees may hold NaN, and 0 * NaN would spread
+        char* v_tile = shared + L::kV + v_stage * L::kTileBytes;
+#pragma unroll 1
+        for (int i = thread; i < L::kHalves * kTile * 8; i += kWarpgroup)
+          if (!(seen_by_any >> (i / 8 % kTile) & 1)) reinterpret_cast<uint4*>(v_tile)[i] = make_uint4(0, 0, 0, 0);
+        ptx::fence_proxy_async(ptx::space_shared);
+        named_barrier(barrier, kWarpgroup);
+      }
+      wgmma_wait<0>();
+      keep_operands();
+      if (moved && t != begin) {  // not before: until here the accumulators are wgmma's
+#pragma unroll
+        for (int h = 0; h < L::kHalves; ++h)
+#pragma unroll
+          for (int i = 0; i < 32; ++i) acc[h][i] *= decay[i / 2 % 2];
+      }
+      if (lane == 0 && t > begin) ptx::mbarrier_arrive(empty_v + v_before);
+#pragma unroll
+      for (int step = 0; step < kTile / 16; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) shares[step][i] = pack<T>(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
+      k_ready = t + 1 == end || phase_done(full_k + k_stage, k_phase);
+    }
+    take_turn();
+    keep_operands();
+    wgmma_fence();
+    multiply_values(end > begin + 1);
+    wgmma_commit();
+    pass_turn();
+    wgmma_wait<0>();
+    keep_operands();
+    if (lane == 0) ptx::mbarrier_arrive(empty_v + v_stage);
+    if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    }
+
+    if (run->begin != 0 || run->end != run->item_tiles) {  // the combine kernel does the rest
+      const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.x), begin == 0};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (lane % 4 == 0) {
+          const int row = warp_row + lane / 4 + 8 * r;
+          part.references()[row] = fresh[r] ? kNothing : reference[r];
+          part.sums()[row] = sum[r];
+        }
+        float4* target = part.octet(warp_row / 8 + r) + lane;
+#pragma unroll
+        for (int h = 0; h < L::kHalves; ++h)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            target[h * kWarpgroup + j * 32] = make_float4(acc[h][8 * j + 2 * r], acc[h][8 * j + 2 * r + 1],
+                                                          acc[h][8 * j + 4 + 2 * r], acc[h][8 * j + 5 + 2 * r]);
+      }
+      continue;
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int local = warp_row + lane / 4 + 8 * r, row = run->row_tile * rows_of.rows + local;
+      if (local >= rows_of.rows || row >= p.nodes * rows_of.group) continue;
+      const int node = row / rows_of.group, q_head = run->head * rows_of.group + row % rows_of.group;
+      const bool seen = row < run->live * rows_of.group && sum[r] > 0.0f;
+      if (p.lse != nullptr && lane % 4 == 0)
+        p.lse[(static_cast<std::int64_t>(run->request) * p.nodes + node) * p.q_heads + q_head] =
+            seen ? (reference[r] + log2f(sum[r])) * 0.6931471805599453f : __int_as_float(0xff800000);
+      const float inverse = seen ? 1.0f / sum[r] : 0.0f;
+      T* out = static_cast<T*>(p.out) + run->request * p.out_strides.batch +
+               static_cast<std::int64_t>(node) * p.out_strides.token +
+               static_cast<std::int64_t>(q_head) * p.out_strides.head + lane % 4 * 2;
+#pragma unroll
+      for (int h = 0; h < L::kHalves; ++h)
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          *reinterpret_cast<std::uint32_t*>(out + h * 64 + 8 * i) =
+              seen ? pack<T>(acc[h][4 * i + 2 * r] * inverse, acc[h][4 * i + 2 * r + 1] * inverse) : 0u;
+    }
+  }
+#endif
+}
+
+}  // namespace specvlm
