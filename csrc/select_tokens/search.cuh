@@ -23,6 +23,8 @@ static_assert(kSelectBins == 1 << kBinBits && kBinsPerThread == 4);
 // Sums of low bits pass 32 bits in wide tiles only: their carries are counted above the keys.
 constexpr std::uint32_t kCarry = 1u << 20;
 
+constexpr int kFewKeys = 1024;  // their low bits, 20 at most, sum in 32
+
 // A key is above the cut if its bits from `shift` on are more than `prefix`, equal if they are the same.
 struct SelectCut {
   std::uint32_t prefix = ~0u;  // no key is above or equal
@@ -84,14 +86,31 @@ __device__ __forceinline__ void add_to_bin(SelectShared& s, std::uint32_t bin, i
   }
 }
 
-// Adds the CTA's keys within the window to its bins.
-template <bool FIRST, typename Tile>
-__device__ __forceinline__ void count_window(const Tile& tile, const SelectWindow& window, const Weighing& weighing,
-                                             SelectShared& s) {
+// The same to the bins of all CTAs of a cluster.
+template <typename Team>
+__device__ __forceinline__ void add_to_all(const Team& team, SelectShared& s, std::uint32_t bin, int count,
+                                           std::uint32_t low_bits) {
+#pragma unroll 1
+  for (int cta = 0; cta < team.ctas; ++cta) {
+    atomicAdd(team.of_cta(&s.counts[bin], cta), count);
+    atomicAdd(team.of_cta(&s.low_bits[bin], cta), low_bits);
+  }
+}
+
+// Adds the CTA's keys within the window to its bins; spread: to those of every CTA of the cluster.
+template <bool FIRST, typename Team, typename Tile>
+__device__ __forceinline__ void count_window(const Team& team, const Tile& tile, bool spread,
+                                             const SelectWindow& window, const Weighing& weighing, SelectShared& s) {
   constexpr bool kWide = !FIRST || !Tile::kResident;  // 2^16 keys of 16 bits fit
   const std::uint32_t top = window.high >> window.shift, mask = (1u << window.shift) - 1;
   // in the first level a dead slot's bin is `top`
   const std::uint32_t regular = min(kRegularBins, top);
+  auto add = [&](std::uint32_t bin, int count, std::uint32_t low_bits) {
+    if constexpr (Team::kCluster && !FIRST) {
+      if (spread) return add_to_all(team, s, bin, count, low_bits);
+    }
+    add_to_bin<kWide>(s, bin, count, low_bits);
+  };
   int rest = 0, negative = 0;
   std::uint64_t rest_mass = 0;
 #pragma unroll 1
@@ -118,13 +137,13 @@ __device__ __forceinline__ void count_window(const Tile& tile, const SelectWindo
     for (int e = 0; e < 4; ++e) one_bin = one_bin && inside[e] && bins[e] == first_bin;
     if (__all_sync(~0u, one_bin)) {
       const std::uint32_t sum = __reduce_add_sync(~0u, low_bits[0] + low_bits[1] + low_bits[2] + low_bits[3]);
-      if (threadIdx.x % 32 == 0) add_to_bin<kWide>(s, first_bin, 128, sum);
+      if (threadIdx.x % 32 == 0) add(first_bin, 128, sum);
       continue;
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (inside[e]) {
-        add_to_bin<kWide>(s, bins[e], 1, low_bits[e]);
+        add(bins[e], 1, low_bits[e]);
       } else if (FIRST && keys[e] >= kKeyOfZero) {
         ++rest;
         if (keys[e] > kKeyOfZero) rest_mass += weighing.of(keys[e]);
@@ -149,9 +168,13 @@ __device__ __forceinline__ void count_window(const Tile& tile, const SelectWindo
 
 // This thread's bins, summed over the CTAs of the row; the CTA's own are cleared for the next level.
 template <typename Team>
-__device__ __forceinline__ BinSums take_bins(Team& team, int level, int shift, SelectShared& s) {
+__device__ __forceinline__ BinSums take_bins(Team& team, int level, int shift, bool spread, SelectShared& s) {
   constexpr int kCountBits = 22;  // of 2^22 keys; a bin of 2^20 never holds all, as the highest lies above it
-  __syncthreads();
+  if (Team::kCluster && spread) {
+    team.barrier();
+  } else {
+    __syncthreads();
+  }
   BinSums bins;
   uint4* counts = reinterpret_cast<uint4*>(s.counts) + threadIdx.x;
   uint4* low_bits = reinterpret_cast<uint4*>(s.low_bits) + threadIdx.x;
@@ -164,6 +187,7 @@ __device__ __forceinline__ BinSums take_bins(Team& team, int level, int shift, S
     bins.low_bits[i] = static_cast<std::uint64_t>(four_counts[i] / kCarry) << 32 | four_low[i];
   }
   if constexpr (!Team::kAlone) {
+    if (Team::kCluster && spread) return bins;
     auto* sums = reinterpret_cast<unsigned long long*>(team.sums) + level * kSelectBins + threadIdx.x * kBinsPerThread;
     const int field = shift + kCountBits;
 #pragma unroll
@@ -200,14 +224,17 @@ __device__ __forceinline__ SelectCut find_cut(const SelectTokensParams& p, Team&
   SelectWindow window{1, highest, kFirstShift};
   int limit = p.keep;
   std::uint64_t threshold = kNever, above_mass = 0;
+  // A cluster adds few keys to the bins of all its CTAs at once, without the way through global memory. Not twice in a
+  // row: after that, a CTA's bins may not be clear yet when another one goes on to the next level.
+  bool spread = false;
 #pragma unroll 1
   for (int level = 0;; ++level) {
     if (level == 0) {
-      count_window<true>(tile, window, weighing, s);
+      count_window<true>(team, tile, false, window, weighing, s);
     } else {
-      count_window<false>(tile, window, weighing, s);
+      count_window<false>(team, tile, spread, window, weighing, s);
     }
-    const BinSums bins = take_bins(team, level, window.shift, s);
+    const BinSums bins = take_bins(team, level, window.shift, spread, s);
 
     int counts[kBinsPerThread], count = 0;
     std::uint64_t masses[kBinsPerThread], mass = 0;
@@ -270,6 +297,7 @@ __device__ __forceinline__ SelectCut find_cut(const SelectTokensParams& p, Team&
     }
     __syncthreads();
     const std::uint32_t bin = s.found.bin;
+    spread = !spread && s.found.count <= kFewKeys;
     cut.above = s.found.above;
     above_mass = s.found.above_mass;
     if (level == 0 && bin >= kRegularBins) {

@@ -84,16 +84,21 @@ struct SelectTeam {
     }
   }
 
+  // kCluster: where another CTA has what this one has in its shared memory.
+  template <typename T>
+  __device__ __forceinline__ T* of_cta(T* mine, int cta) const {
+#if __CUDA_ARCH__ >= 900
+    return static_cast<T*>(__cluster_map_shared_rank(mine, cta));
+#else
+    return mine;
+#endif
+  }
+
   // For one whole warp, with the same value in all lanes; to be read after a barrier.
   __device__ __forceinline__ void post(int round, const uint4& value) const {
     const int lane = threadIdx.x % 32;
     if constexpr (kCluster) {
-#if __CUDA_ARCH__ >= 900
-      if (lane < ctas) {
-        uint4* mine = posts + round * kSelectMostCluster + rank;
-        *static_cast<uint4*>(__cluster_map_shared_rank(mine, lane)) = value;
-      }
-#endif
+      if (lane < ctas) *of_cta(posts + round * kSelectMostCluster + rank, lane) = value;
     } else if (lane == 0) {
       posts[round * (kGrid ? ctas : kSelectMostCluster) + rank] = value;
     }
