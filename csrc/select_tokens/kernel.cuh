@@ -66,7 +66,7 @@ __device__ __forceinline__ void emit(const SelectTokensParams& p, Team& team, co
     team.post(1,
               {__reduce_add_sync(~0u, of_above), __reduce_add_sync(~0u, of_equal), __reduce_add_sync(~0u, of_live), 0});
   }
-  team.barrier();
+  team.await_posts(1);
   uint4 before = {lane < warp ? of_above : 0, lane < warp ? of_equal : 0, lane < warp ? of_live : 0, 0};
   for (int other = lane; other < team.ctas; other += 32) {
     const uint4 sums = team.posted(1, other);
@@ -131,7 +131,6 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const std::int64_t row = blockIdx.y;
   SelectTeam<KERNEL> team(p, s.posts);
-  team.arrive_first();
   reinterpret_cast<uint4*>(s.counts)[threadIdx.x] = {0, 0, 0, 0};
   reinterpret_cast<uint4*>(s.low_bits)[threadIdx.x] = {0, 0, 0, 0};
   if (threadIdx.x == 0) s.rest_mass = 0;
@@ -148,6 +147,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
       sums[i] = {0, 0, 0, 0};
     }
   }
+  team.arrive_first();
   const std::uint32_t highest_of_warp = __reduce_max_sync(~0u, tile.receive());
   if (lane == 0) s.highest_by_warp[warp] = highest_of_warp;
   __syncthreads();
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   if (warp == 0) {
     team.post(0, {__reduce_max_sync(~0u, lane < kSelectWarps ? s.highest_by_warp[lane] : 0), 0, 0, 0});
   }
-  team.barrier();
+  team.await_posts(0);
   std::uint32_t highest = 0;
   for (int other = lane; other < team.ctas; other += 32) highest = max(highest, team.posted(0, other).x);
   highest = __reduce_max_sync(~0u, highest);

@@ -10,6 +10,8 @@
 
 namespace specvlm {
 
+namespace ptx = cuda::ptx;
+
 constexpr int kSelectBins = 2048;
 constexpr int kSelectLevels = 4;  // see search.cuh
 constexpr int kSelectPosts = 2;   // rounds of passing on numbers
@@ -19,7 +21,10 @@ constexpr int kSelectMostCluster = 16;
 constexpr int kSelectSums = kSelectLevels * kSelectBins + 2;
 __host__ __device__ constexpr int select_row_words(int ctas) { return kSelectSums + kSelectPosts * ctas * 2; }
 
-using SelectPosts = uint4[kSelectPosts][kSelectMostCluster];
+struct SelectPosts {
+  uint4 values[kSelectPosts][kSelectMostCluster];
+  std::uint64_t arrived[kSelectPosts];  // kCluster: mbarriers, each for one phase
+};
 
 template <SelectTokensKernel KERNEL>
 struct SelectTeam {
@@ -29,27 +34,39 @@ struct SelectTeam {
 
   int rank, ctas;
   std::uint64_t* sums;      // [kSelectLevels,kSelectBins], then the rest's mass; not kAlone
-  uint4* posts;             // kGrid: [kSelectPosts,ctas] in global memory; otherwise the CTA's own, shared memory
+  SelectPosts& own;         // shared memory; not kGrid
+  uint4* posts;             // [kSelectPosts,ctas] in global memory; kGrid
   std::uint32_t* arrivals;  // kGrid
   std::uint32_t passed;     // kGrid: arrivals that the barriers until now have counted
 
-  __device__ SelectTeam(const SelectTokensParams& p, SelectPosts& shared_posts)
-      : rank(blockIdx.x), ctas(gridDim.x), passed(0) {
+  __device__ SelectTeam(const SelectTokensParams& p, SelectPosts& own)
+      : rank(blockIdx.x), ctas(gridDim.x), own(own), passed(0) {
     std::uint64_t* words = p.workspace + static_cast<std::int64_t>(blockIdx.y) * select_row_words(ctas);
     sums = words;
-    posts = kGrid ? reinterpret_cast<uint4*>(words + kSelectSums) : &shared_posts[0][0];
+    posts = reinterpret_cast<uint4*>(words + kSelectSums);
     arrivals = p.arrivals + blockIdx.y;
   }
 
-  // Before the first post: a cluster's CTAs must all have started.
+  // Before anything else of the team's, in every CTA: the first half of a cluster's first barrier, which says that all
+  // have started; what was written before it is visible after wait_first.
   __device__ __forceinline__ void arrive_first() const {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (kCluster) cuda::ptx::barrier_cluster_arrive();
+    if constexpr (kCluster) {
+      if (threadIdx.x == 0) {
+        for (std::uint64_t& arrived : own.arrived) ptx::mbarrier_init(&arrived, 1);
+        ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+        for (std::uint64_t& arrived : own.arrived) {
+          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
+                                         ctas * static_cast<int>(sizeof(uint4)));
+        }
+      }
+      ptx::barrier_cluster_arrive();
+    }
 #endif
   }
   __device__ __forceinline__ void wait_first() const {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (kCluster) cuda::ptx::barrier_cluster_wait();
+    if constexpr (kCluster) ptx::barrier_cluster_wait();
 #endif
   }
 
@@ -58,8 +75,8 @@ struct SelectTeam {
   __device__ __forceinline__ void barrier() {
     if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
-      cuda::ptx::barrier_cluster_arrive();  // releases, and the wait acquires, by default
-      cuda::ptx::barrier_cluster_wait();
+      ptx::barrier_cluster_arrive();  // releases, and the wait acquires, by default
+      ptx::barrier_cluster_wait();
 #endif
     } else {
       __syncthreads();
@@ -94,21 +111,35 @@ struct SelectTeam {
 #endif
   }
 
-  // For one whole warp, with the same value in all lanes; to be read after a barrier.
+  // Passes 16 bytes to all CTAs. For one whole warp, with the same value in all lanes. A cluster's carry their own
+  // signal, which takes less than half of what a barrier with its fence of global memory does.
   __device__ __forceinline__ void post(int round, const uint4& value) const {
     const int lane = threadIdx.x % 32;
     if constexpr (kCluster) {
-      if (lane < ctas) *of_cta(posts + round * kSelectMostCluster + rank, lane) = value;
+#if __CUDA_ARCH__ >= 900
+      if (lane < ctas) {
+        const std::uint32_t words[4] = {value.x, value.y, value.z, value.w};
+        ptx::st_async(reinterpret_cast<std::uint32_t*>(of_cta(&own.values[round][rank], lane)), words,
+                      of_cta(&own.arrived[round], lane));
+      }
+#endif
     } else if (lane == 0) {
-      posts[round * (kGrid ? ctas : kSelectMostCluster) + rank] = value;
+      (kGrid ? posts + round * ctas : own.values[round])[rank] = value;
+    }
+  }
+  // Until all CTAs have posted.
+  __device__ __forceinline__ void await_posts(int round) {
+    if constexpr (kCluster) {
+#if __CUDA_ARCH__ >= 900
+      while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, &own.arrived[round], 0)) {
+      }
+#endif
+    } else {
+      barrier();
     }
   }
   __device__ __forceinline__ uint4 posted(int round, int from) const {
-    if constexpr (kGrid) {
-      return __ldcg(posts + round * ctas + from);
-    } else {
-      return posts[round * kSelectMostCluster + from];
-    }
+    return kGrid ? __ldcg(posts + round * ctas + from) : own.values[round][from];
   }
 };
 
