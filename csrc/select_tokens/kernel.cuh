@@ -68,15 +68,14 @@ __device__ __forceinline__ void emit(const SelectTokensParams& p, Team& team, co
   }
   team.await_posts(1);
   uint4 before = {lane < warp ? of_above : 0, lane < warp ? of_equal : 0, lane < warp ? of_live : 0, 0};
-  for (int other = lane; other < team.ctas; other += 32) {
-    const uint4 sums = team.posted(1, other);
-    if (other < team.rank) {
+  team.for_posts(1, [&](const uint4& sums, int cta) {
+    if (cta < team.rank) {
       before.x += sums.x;
       before.y += sums.y;
       before.z += sums.z;
     }
     before.w += sums.z;
-  }
+  });
   int above_before = __reduce_add_sync(~0u, before.x), equal_before = __reduce_add_sync(~0u, before.y);
   int live_before = __reduce_add_sync(~0u, before.z);
   const int count = __reduce_add_sync(~0u, before.w);
@@ -116,6 +115,7 @@ __device__ __forceinline__ void emit(const SelectTokensParams& p, Team& team, co
     equal_before += all >> 10 & 0x3FF;
     live_before += all >> 20;
   }
+#pragma unroll 1
   for (int i = min(p.keep, count) + team.rank * kSelectThreads + static_cast<int>(threadIdx.x); i < p.keep;
        i += team.ctas * kSelectThreads) {
     indices[i] = -1;
@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   tile.request();
   if constexpr (!team.kAlone) {
     uint4* sums = reinterpret_cast<uint4*>(team.sums);
+#pragma unroll 1
     for (int i = team.rank * kSelectThreads + static_cast<int>(threadIdx.x); i < kSelectSums / 2;
          i += team.ctas * kSelectThreads) {
       sums[i] = {0, 0, 0, 0};
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   }
   team.await_posts(0);
   std::uint32_t highest = 0;
-  for (int other = lane; other < team.ctas; other += 32) highest = max(highest, team.posted(0, other).x);
+  team.for_posts(0, [&](const uint4& of_cta, int) { highest = max(highest, of_cta.x); });
   highest = __reduce_max_sync(~0u, highest);
 
   const SelectCut cut = find_cut(p, team, tile, highest, s);

@@ -138,8 +138,22 @@ struct SelectTeam {
       barrier();
     }
   }
-  __device__ __forceinline__ uint4 posted(int round, int from) const {
-    return kGrid ? __ldcg(posts + round * ctas + from) : own.values[round][from];
+  // Calls use(value, cta) for the posts of every 32nd CTA from this lane's on; more calls may follow with zeros.
+  template <typename Use>
+  __device__ __forceinline__ void for_posts(int round, const Use& use) const {
+    constexpr int kDeep = kGrid ? 5 : 1;  // loads in flight, for up to 160 CTAs
+#pragma unroll 1
+    for (int first = threadIdx.x % 32; first < ctas; first += 32 * kDeep) {
+      uint4 values[kDeep];
+#pragma unroll
+      for (int i = 0; i < kDeep; ++i) {
+        const int cta = first + 32 * i;
+        values[i] = {0, 0, 0, 0};
+        if (cta < ctas) values[i] = kGrid ? __ldcg(posts + round * ctas + cta) : own.values[round][cta];
+      }
+#pragma unroll
+      for (int i = 0; i < kDeep; ++i) use(values[i], first + 32 * i);
+    }
   }
 };
 
