@@ -74,9 +74,15 @@ SelectTokensPlan select_tokens_plan(int rows, int tokens, int architecture, int 
     plan.kernel = SelectTokensKernel::kGrid;
     plan.rows_per_launch = std::max(1, std::min(rows, multiprocessors / least));
     plan.ctas = std::max(least, std::min(multiprocessors / plan.rows_per_launch, (slots + kFewSlots - 1) / kFewSlots));
+    if (plan.ctas == 1) {  // many rows
+      plan.kernel = SelectTokensKernel::kAlone;
+      plan.rows_per_launch = std::max(rows, 1);
+    }
   }
   plan.slots = up((slots + plan.ctas - 1) / plan.ctas, kSlotUnit);
   plan.resident = plan.slots <= fitting;
+  check_argument(plan.slots < static_cast<int>(kCarry), "tokens: ", tokens, " are too many for ", multiprocessors,
+                 " multiprocessors");
   if (plan.kernel != SelectTokensKernel::kAlone) {
     plan.workspace_words = static_cast<std::size_t>(plan.rows_per_launch) * select_row_words(plan.ctas);
   }
