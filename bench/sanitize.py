@@ -19,7 +19,7 @@ from .runner import Options, cases_of
 
 # backend and newest architecture of its kernels; on Hopper some ops have one of its own, and one for all others
 KERNELS = {"cuda": ("cuda", _env.CUDA_ARCH), "cuda-sm80": ("cuda", 80), "triton": ("triton", _env.CUDA_ARCH)}
-SM80_TOO = ("tree_attention", "token_scores")
+SM80_TOO = ("tree_attention", "token_scores", "select_tokens")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@
 #include "specvlm/compact_kv.h"
 #include "specvlm/draft_topk.h"
 #include "specvlm/logits.h"
+#include "specvlm/select_tokens.h"
 #include "specvlm/token_scores.h"
 #include "specvlm/tree_attention.h"
 #include "specvlm/verify_greedy.h"
@@ -184,6 +185,45 @@ void bind_token_scores(py::module_& m) {
       py::arg("weight"), py::arg("bfloat16"), py::arg("stream"));
 }
 
+void bind_select_tokens(py::module_& m) {
+  py::enum_<specvlm::SelectTokensKernel>(m, "SelectTokensKernel")
+      .value("ALONE", specvlm::SelectTokensKernel::kAlone)
+      .value("CLUSTER", specvlm::SelectTokensKernel::kCluster)
+      .value("GRID", specvlm::SelectTokensKernel::kGrid);
+  py::class_<specvlm::SelectTokensPlan>(m, "SelectTokensPlan")
+      .def_readonly("kernel", &specvlm::SelectTokensPlan::kernel)
+      .def_readonly("ctas", &specvlm::SelectTokensPlan::ctas)
+      .def_readonly("slots", &specvlm::SelectTokensPlan::slots)
+      .def_readonly("resident", &specvlm::SelectTokensPlan::resident)
+      .def_readonly("rows_per_launch", &specvlm::SelectTokensPlan::rows_per_launch)
+      .def_readonly("workspace_words", &specvlm::SelectTokensPlan::workspace_words);
+  m.def("select_tokens_plan", &specvlm::select_tokens_plan, py::arg("rows"), py::arg("tokens"), py::arg("architecture"),
+        py::arg("multiprocessors"), py::arg("shared_memory"));
+  m.def(
+      "select_tokens",
+      [](const specvlm::SelectTokensPlan& plan, Address scores, Address mask, Address indices, Address num_attention,
+         Address workspace, std::int64_t scores_stride, std::int64_t mask_stride, std::int64_t indices_stride, int rows,
+         int tokens, int keep, int share, Address stream) {
+        specvlm::SelectTokensParams p{};
+        p.scores = pointer<const float>(scores);
+        p.mask = pointer<const std::uint8_t>(mask);
+        p.indices = pointer<std::int64_t>(indices);
+        p.num_attention = pointer<std::int32_t>(num_attention);
+        p.workspace = pointer<std::uint64_t>(workspace);
+        p.scores_stride = scores_stride;
+        p.mask_stride = mask_stride;
+        p.indices_stride = indices_stride;
+        p.rows = rows;
+        p.tokens = tokens;
+        p.keep = keep;
+        p.share = share;
+        specvlm::select_tokens(p, plan, stream_of(stream));
+      },
+      py::arg("plan"), py::arg("scores"), py::arg("mask"), py::arg("indices"), py::arg("num_attention"),
+      py::arg("workspace"), py::arg("scores_stride"), py::arg("mask_stride"), py::arg("indices_stride"),
+      py::arg("rows"), py::arg("tokens"), py::arg("keep"), py::arg("share"), py::arg("stream"));
+}
+
 void bind_draft_topk(py::module_& m) {
   py::class_<specvlm::DraftTopkPlan>(m, "DraftTopkPlan")
       .def_readonly("per_thread", &specvlm::DraftTopkPlan::per_thread)
@@ -300,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("shared_memory", &shared_memory, py::arg("device"), "Bytes of shared memory of a multiprocessor.");
   bind_tree_attention(m);
   bind_token_scores(m);
+  bind_select_tokens(m);
   bind_draft_topk(m);
   bind_verify_greedy(m);
   bind_compact_kv(m);

@@ -20,7 +20,7 @@ OPS = (
 )
 # Kernels still to come. tests/test_rooms.py holds this against the code: entries only ever go.
 TO_COME: dict[str, set[str]] = {
-    "cuda": {"select_tokens", "verify_sample"},
+    "cuda": {"verify_sample"},
     "triton": set(),
 }
 # What a kernel may say that it cannot run; a test that meets one of these is skipped with that reason.
@@ -29,7 +29,7 @@ KNOWN_LIMITS = (
     "D must be 64 or 128",
 )
 # Ops with a kernel for Hopper and another for everything else: both are run, on a GPU that has both.
-TWO_CUDA_KERNELS = ("tree_attention", "token_scores")
+TWO_CUDA_KERNELS = ("tree_attention", "token_scores", "select_tokens")
 
 
 def backends(op: str) -> pytest.MarkDecorator:

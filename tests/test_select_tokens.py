@@ -1,6 +1,7 @@
 """select_tokens against a slow second implementation of the definition, in Python integers."""
 
 import math
+import os
 from fractions import Fraction
 
 import pytest
@@ -72,12 +73,29 @@ def rows(kind: str, v: int) -> torch.Tensor:
         x = torch.randn(v, generator=g)
         x[::3], x[1::7], x[2::11] = float("nan"), float("inf"), float("-inf")
         return x
+    if kind == "all equal":
+        return torch.full((v,), 0.1)
+    if kind == "one above zeros":
+        return torch.zeros(v).index_fill(0, torch.tensor([v // 3]), 5.0)
+    if kind == "any bits":
+        return torch.randint(-(1 << 31), 1 << 31, (v,), generator=g).to(torch.int32).view(torch.float32)
+    if kind == "all octaves":  # some of them far below the highest, where weights lose bits or all of them
+        return torch.exp2(torch.rand(v, generator=g) * 60 - 50) * (torch.rand(v, generator=g) < 0.9)
+    if kind == "far below one":  # most of the mass is 16 octaves below the highest score
+        x = torch.exp2(-15.5 - torch.rand(v, generator=g))
+        x[v // 2] = 1.5
+        return x
+    if kind == "largest":
+        return torch.full((v,), FLT_MAX)
+    if kind == "below everything":
+        return torch.where(torch.rand(v, generator=g) < 0.5, float("-inf"), -3e38)
     if kind == "signed zeros":
-        return torch.tensor([-0.0, 0.0, 1.0, -0.0] * v)[:v]
+        return torch.tensor([-0.0, 0.0, 1.0, -0.0]).repeat(v // 4 + 1)[:v]
     return torch.arange(v).float() if kind == "ascending" else torch.arange(v).flip(0).float()
 
 
-KINDS = ["softmax", "ties", "zeros", "negative", "one giant", "subnormal", "nan and infinity", "signed zeros",
+KINDS = ["softmax", "ties", "zeros", "negative", "one giant", "subnormal", "nan and infinity", "all equal",
+         "one above zeros", "any bits", "all octaves", "far below one", "largest", "below everything", "signed zeros",
          "ascending", "descending"]  # fmt: skip
 
 
@@ -98,6 +116,21 @@ def test_interleaved_candidates(backend, device):
     fewest = int(mask.sum(1).min())
     for keep in (0, 1, 2, 20, fewest):
         for top_p in (0.0, 0.4, 1.0):
+            check(scores, keep, top_p, mask, backend=backend)
+
+
+@backends("select_tokens")
+@pytest.mark.parametrize("v", [1, 3, 130])
+def test_rows_that_start_anywhere(v, backend, device):
+    for skew in (1, 2, 3):
+        wide = torch.full((4, v + 7), float("nan"))  # outside a row lies what must not be read as its scores
+        wide[:, skew : skew + v] = torch.stack([rows(kind, v) for kind in ("softmax", "ties", "zeros", "any bits")])
+        masks = torch.rand(4, v + 5, generator=rng(v)) < 0.7
+        masks[:, skew % 3 + v // 2] = True
+        scores, mask = wide.to(device)[:, skew : skew + v], masks.to(device)[:, skew % 3 : skew % 3 + v]
+        keep = max(v // 10, 1)
+        for top_p in (0.0, 0.4):
+            check(scores, keep, top_p, backend=backend)
             check(scores, keep, top_p, mask, backend=backend)
 
 
@@ -176,16 +209,88 @@ def test_keep_count_refuses(tokens, ratio, kind):
         sk.keep_count(tokens, ratio)
 
 
+def assert_the_reference(scores, keep, top_p, mask, backend, what):
+    """Against the reference on the GPU, bitwise."""
+    want = sk.reference.select_tokens(scores, keep, top_p, mask=mask)
+    got = sk.select_tokens(scores, keep, top_p, mask=mask, backend=backend)
+    if not torch.equal(got.indices, want.indices) or not torch.equal(got.num_attention, want.num_attention):
+        wrong = (got.indices != want.indices).any(1) | (got.num_attention != want.num_attention)
+        raise AssertionError(f"{what}, keep={keep}, top_p={top_p}: wrong rows {wrong.nonzero().flatten().tolist()[:9]}")
+
+
 @gpu_backends("select_tokens")
-@pytest.mark.parametrize("v", [4096, 12544, 32768, 131072, 1 << 20])
+@pytest.mark.parametrize("v", [4096, 4097, 12544, 25088, 32768, 32769, 131072, 170_001, 1 << 20, 1 << 22])
 def test_real_sizes(v, backend):
     for kind in KINDS:
         scores = torch.stack([rows(kind, v), rows("softmax", v)]).cuda()
+        for top_p in (0.0, 0.4, 0.97, 1.0):
+            assert_the_reference(scores, v // 10, top_p, None, backend, kind)
+    signed = rows("signed zeros", v)[None]  # and the reference itself, where the GPU's sort might differ
+    want = sk.reference.select_tokens(signed, v // 10, 0.4)
+    assert torch.equal(sk.reference.select_tokens(signed.cuda(), v // 10, 0.4).indices.cpu(), want.indices)
+
+
+@gpu_backends("select_tokens")
+@pytest.mark.parametrize("b,v", [(3, 12544), (16, 25088), (17, 25088), (200, 5000), (7, 131_075), (140, 33_000)])
+def test_batches(b, v, backend):
+    wide = torch.stack([rows(KINDS[i % len(KINDS)], v + 3) for i in range(min(b, 20))]).cuda()
+    wide = wide.repeat(b // 20 + 1, 1)[:b]
+    mask = (torch.rand(b, v, generator=rng(b)) < 0.8).cuda()
+    for scores in (wide[:, :v], wide[:, 3:]):
         for top_p in (0.0, 0.4, 1.0):
-            want = sk.reference.select_tokens(scores.cpu(), v // 10, top_p)
-            got = sk.select_tokens(scores, v // 10, top_p, backend=backend)
-            assert torch.equal(got.indices.cpu(), want.indices), (kind, top_p)
-            assert torch.equal(got.num_attention.cpu(), want.num_attention), (kind, top_p)
+            assert_the_reference(scores, v // 10, top_p, None, backend, "all")
+            assert_the_reference(scores, v // 10, top_p, mask, backend, "masked")
+
+
+def random_batch(b: int, v: int, g: torch.Generator) -> torch.Tensor:
+    """Rows of many kinds, on the GPU."""
+    uniform, normal = (f((b, v), generator=g, device="cuda") for f in (torch.rand, torch.randn))
+    bits = torch.randint(-(1 << 31), 1 << 31, (b, v), generator=g, device="cuda")
+    kinds = [
+        torch.exp(1.5 * normal) / v,
+        torch.softmax(5 * normal, -1),
+        normal,
+        uniform.bfloat16().float(),
+        (uniform * 3).floor(),
+        (uniform < 0.01).float() * normal,
+        bits.to(torch.int32).view(torch.float32),
+        (bits & 0x3FFFFF).to(torch.int32).view(torch.float32),  # subnormal
+        torch.exp2(60 * uniform - 30),
+        torch.where(uniform < 1 / v, 1e30, normal.abs()),
+        torch.zeros_like(uniform),
+    ]
+    kind = torch.randint(0, len(kinds), (b, 1), generator=g, device="cuda")
+    scores = kinds[0]
+    for i in range(1, len(kinds)):
+        scores = torch.where(kind == i, kinds[i], scores)
+    order = torch.randint(0, 8, (b, 1), generator=g, device="cuda")
+    ascending = scores.sort(-1).values
+    return torch.where(order == 0, ascending, torch.where(order == 1, ascending.flip(-1), scores))
+
+
+@pytest.mark.slow
+@gpu_backends("select_tokens")
+def test_many_random_rows(backend):
+    """SPECVLM_TEST_ROWS=1000000 compares that many with the reference; about 20,000 unless it is set."""
+    wanted, done, turn = int(os.environ.get("SPECVLM_TEST_ROWS", "20000")), 0, 0
+    g, choose = torch.Generator("cuda").manual_seed(7), rng(7)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=choose))
+
+    while done < wanted:
+        # mostly short rows, for their number; among them rows for a cluster, and for many CTAs
+        b, v = [(1 << 14, number(1, 300)), (1 << 14, number(1, 64)), (number(1, 16), number(4097, 150_000)),
+                (1 << 10, number(300, 4500)), (number(1, 3), number(32_769, 1 << 20))][turn % 5]  # fmt: skip
+        turn += 1
+        scores = random_batch(b, v, g)
+        mask = None
+        if number(0, 1):
+            mask = torch.rand(b, v, generator=g, device="cuda") < number(1, 99) / 100
+        keep = (1, max(1, v // 10), v, number(1, v))[number(0, 3)]
+        top_p = (0.0, 1e-7, 0.4, 0.4, 0.9, 1.0, number(1, 999) / 1000)[number(0, 6)]
+        assert_the_reference(scores, keep, top_p, mask, backend, f"b={b}, v={v}, turn={turn}")
+        done += b
 
 
 @gpu_backends("select_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import _env
-from ..backend import Tier, register
+from ..backend import (
+    Tier,
+    architecture,
+    extension,
+    multiprocessors,
+    on_device,
+    raw_stream,
+    register,
+    shared_memory,
+)
 from ..reference.select_tokens import Selection
 from ..reference.select_tokens import select_tokens as reference
 
@@ -52,10 +62,11 @@ def select_tokens(
     call = prepare(scores, keep, top_p, mask=mask)
     b = scores.shape[0]
     indices = torch.empty(b, keep, dtype=torch.int64, device=scores.device)
-    num_attention = torch.zeros(b, dtype=torch.int32, device=scores.device)
-    if b and keep:
-        run = torch.ops.specvlm.select_tokens if torch.compiler.is_compiling() else _run
-        run(*call, indices, num_attention, backend)
+    if not (b and keep):
+        return Selection(indices, torch.zeros(b, dtype=torch.int32, device=scores.device))
+    num_attention = torch.empty(b, dtype=torch.int32, device=scores.device)
+    run = torch.ops.specvlm.select_tokens if torch.compiler.is_compiling() else _run
+    run(*call, indices, num_attention, backend)
     return Selection(indices, num_attention)
 
 
@@ -100,6 +111,49 @@ def _torch(
     num_attention.copy_(chosen.num_attention)
 
 
+MOST_TOKENS = 1 << 22  # so that masses sum in 64 bits; also in csrc/include/specvlm/select_tokens.h
+MOST_CUDA_ROWS = 65535  # the same file
+
+
+def _too_many_tokens(v: int) -> str | None:
+    return None if v <= MOST_TOKENS else f"at most {MOST_TOKENS} tokens a row, so that masses sum in 64 bits, got {v}"
+
+
+def _cuda_missing(scores: Tensor, *_: object) -> str | None:
+    b, v = scores.shape
+    return _too_many_tokens(v) or (None if b <= MOST_CUDA_ROWS else f"at most {MOST_CUDA_ROWS} rows in a call, got {b}")
+
+
+@functools.cache
+def _plan(rows: int, tokens: int, architecture: int, index: int | None) -> Any:
+    return extension()[0].select_tokens_plan(rows, tokens, architecture, multiprocessors(index), shared_memory(index))
+
+
+def _cuda(scores: Tensor, keep: int, top_p: float, mask: Tensor | None, indices: Tensor, num_attention: Tensor) -> None:
+    index = scores.device.index
+    b, v = scores.shape
+    plan = _plan(b, v, architecture(index), index)
+    words = plan.workspace_words
+    workspace = torch.empty(words, dtype=torch.int64, device=scores.device) if words else None
+    with on_device(index):
+        extension()[0].select_tokens(
+            plan=plan,
+            scores=scores.data_ptr(),
+            mask=mask.data_ptr() if mask is not None else 0,
+            indices=indices.data_ptr(),
+            num_attention=num_attention.data_ptr(),
+            workspace=workspace.data_ptr() if workspace is not None else 0,
+            scores_stride=scores.stride(0),
+            mask_stride=mask.stride(0) if mask is not None else 0,
+            indices_stride=indices.stride(0),
+            rows=b,
+            tokens=v,
+            keep=keep,
+            share={0.0: -2, 1.0: -1}.get(top_p, round(top_p * 2**24)),
+            stream=raw_stream(index),
+        )
+
+
 def _triton(*call: Any) -> None:
     from ..triton.select_tokens import select_tokens as kernel
 
@@ -107,9 +161,9 @@ def _triton(*call: Any) -> None:
 
 
 def _triton_missing(scores: Tensor, *_: object) -> str | None:
-    v = scores.shape[1]
-    return None if v <= 1 << 22 else f"at most {1 << 22} tokens a row, so that masses sum in 64 bits, got {v}"
+    return _too_many_tokens(scores.shape[1])
 
 
+OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)
