@@ -257,7 +257,7 @@ void bind_verify_sample(py::module_& m) {
          Address next_token, Address workspace, std::int64_t batch_stride, std::int64_t node_stride,
          std::int64_t tokens_stride, std::int64_t parents_stride, std::int64_t coins_stride, std::int64_t path_stride,
          int batch, int nodes, int vocab, int top_k, double top_p, double factor, specvlm::LogitsType dtype,
-         bool aligned, Address stream) {
+         bool aligned, bool overlap, Address stream) {
         specvlm::VerifySampleParams p{};
         p.logits = pointer<const void>(logits);
         p.tokens = pointer<const std::int64_t>(tokens);
@@ -280,13 +280,13 @@ void bind_verify_sample(py::module_& m) {
         p.top_p = top_p;
         p.factor = factor;
         p.dtype = dtype;
-        specvlm::verify_sample(p, aligned, stream_of(stream));
+        specvlm::verify_sample(p, aligned, overlap, stream_of(stream));
       },
       py::arg("logits"), py::arg("tokens"), py::arg("parents"), py::arg("coins"), py::arg("path"), py::arg("length"),
       py::arg("next_token"), py::arg("workspace"), py::arg("batch_stride"), py::arg("node_stride"),
       py::arg("tokens_stride"), py::arg("parents_stride"), py::arg("coins_stride"), py::arg("path_stride"),
       py::arg("batch"), py::arg("nodes"), py::arg("vocab"), py::arg("top_k"), py::arg("top_p"), py::arg("factor"),
-      py::arg("dtype"), py::arg("aligned"), py::arg("stream"));
+      py::arg("dtype"), py::arg("aligned"), py::arg("overlap"), py::arg("stream"));
 }
 
 void bind_compact_kv(py::module_& m) {

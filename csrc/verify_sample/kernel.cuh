@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 4)
 
   __shared__ std::int64_t mass_of_warp[kLogitsWarps];
   const Tile tile(tree.row(node), part, p.vocab);
+  if constexpr (FILTERED) wait_for_launch_before();
   Kept kept{};
   float top;
   if constexpr (FILTERED) {

@@ -1,7 +1,6 @@
-#include <algorithm>
-
 #include "common/check.h"
 #include "common/counters.h"
+#include "common/launch.h"
 #include "verify_sample/kernel.cuh"
 #include "verify_sample/search.cuh"
 
@@ -10,32 +9,44 @@ namespace {
 
 static_assert(sizeof(SampleNode) * kSampleMaxNodes + 6144 <= 48 << 10, "static shared memory is at most 48 KB");
 
-// One launch for each 8 bits of a key, and first one for the highest logits where only masses are searched for.
-template <typename T>
-void search(const VerifySampleParams& p, dim3 grid, bool count, bool mass, cudaStream_t stream) {
-  constexpr int kDigits = LogitKey<T>::kDigits;
-  if (!count) sample_search_kernel<T, SampleSearch::kTop><<<grid, kLogitsThreads, 0, stream>>>(p, 0, false);
-  for (int digit = 0; count && digit < kDigits; ++digit) {
-    sample_search_kernel<T, SampleSearch::kCount><<<grid, kLogitsThreads, 0, stream>>>(p, digit, false);
+// A call's launches. Each but the first only needs what the one before wrote after it has its logits.
+class Chain {
+ public:
+  Chain(const VerifySampleParams& params, int parts, bool overlap, cudaStream_t stream)
+      : params_(params), grid_(parts, params.nodes, params.batch), overlap_(overlap), stream_(stream) {}
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(VerifySampleParams, Parameters...), std::size_t shared, Arguments... arguments) {
+    if (overlap_ && !first_) {
+      launch_overlapped(kernel, grid_, dim3(kLogitsThreads), static_cast<int>(shared), stream_, params_, arguments...);
+    } else {
+      kernel<<<grid_, kLogitsThreads, shared, stream_>>>(params_, arguments...);
+      check_cuda(cudaGetLastError(), "verify_sample launch");
+    }
+    first_ = false;
   }
-  for (int digit = 0; mass && digit < kDigits; ++digit) {
-    sample_search_kernel<T, SampleSearch::kMass><<<grid, kLogitsThreads, 0, stream>>>(p, digit, count);
-  }
-  check_cuda(cudaGetLastError(), "verify_sample search launch");
-}
+
+ private:
+  const VerifySampleParams& params_;
+  dim3 grid_;
+  bool overlap_, first_ = true;
+  cudaStream_t stream_;
+};
 
 template <typename T>
-void launch(const VerifySampleParams& p, int parts, cudaStream_t stream) {
-  const dim3 grid(parts, p.nodes, p.batch);
+void launch(const VerifySampleParams& p, Chain chain) {
+  constexpr int kDigits = LogitKey<T>::kDigits;
   const std::size_t shared = sizeof(SampleNode) * p.nodes;
   const bool count = p.top_k < p.vocab, mass = p.top_p < 1.0;
-  if (count || mass) {
-    search<T>(p, grid, count, mass, stream);
-    verify_sample_kernel<T, true><<<grid, kLogitsThreads, shared, stream>>>(p);
-  } else {
-    verify_sample_kernel<T, false><<<grid, kLogitsThreads, shared, stream>>>(p);
+  if (!count && !mass) return chain.launch(verify_sample_kernel<T, false>, shared);
+  if (!count) chain.launch(sample_search_kernel<T, SampleSearch::kTop>, 0, 0, false);
+  for (int digit = 0; count && digit < kDigits; ++digit) {
+    chain.launch(sample_search_kernel<T, SampleSearch::kCount>, 0, digit, false);
   }
-  check_cuda(cudaGetLastError(), "verify_sample launch");
+  for (int digit = 0; mass && digit < kDigits; ++digit) {
+    chain.launch(sample_search_kernel<T, SampleSearch::kMass>, 0, digit, count);
+  }
+  chain.launch(verify_sample_kernel<T, true>, shared);
 }
 
 }  // namespace
@@ -46,7 +57,7 @@ std::size_t verify_sample_workspace(int batch, int nodes, int vocab, bool aligne
   return static_cast<std::size_t>(batch) * nodes * (sizeof(SampleEntry) * parts + filter);
 }
 
-void verify_sample(VerifySampleParams params, bool aligned, cudaStream_t stream) {
+void verify_sample(VerifySampleParams params, bool aligned, bool overlap, cudaStream_t stream) {
   const bool filtered = params.top_k < params.vocab || params.top_p < 1.0;
   check_argument(params.batch >= 0 && params.batch <= kSampleMaxBatch, "batch: expected 0..", kSampleMaxBatch, ", got ",
                  params.batch);
@@ -61,14 +72,14 @@ void verify_sample(VerifySampleParams params, bool aligned, cudaStream_t stream)
   check_argument(params.factor >= 1e-36 && params.factor <= 1e30, "factor: expected 1e-36..1e30, got ", params.factor);
   if (params.batch == 0) return;
   params.arrivals = acquire_counters(filtered ? params.batch * params.nodes : params.batch, stream);
-  const int parts = logits_parts(params.vocab, kSamplePerThread, aligned);
+  const Chain chain(params, logits_parts(params.vocab, kSamplePerThread, aligned), overlap, stream);
   switch (params.dtype) {
     case LogitsType::kBFloat16:
-      return launch<__nv_bfloat16>(params, parts, stream);
+      return launch<__nv_bfloat16>(params, chain);
     case LogitsType::kFloat16:
-      return launch<__half>(params, parts, stream);
+      return launch<__half>(params, chain);
     case LogitsType::kFloat32:
-      return launch<float>(params, parts, stream);
+      return launch<float>(params, chain);
   }
 }
 

@@ -97,6 +97,18 @@ struct LogitKey {
   }
 };
 
+// Where launches of a call overlap: the next one may start, and what the one before wrote is there.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 template <typename V>
 __device__ __forceinline__ V warp_prefix(V mine) {  // of the lanes up to this one
 #pragma unroll

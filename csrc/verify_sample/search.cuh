@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(kLogitsThreads, 4)
   const bool first = digit == 0, final = digit == Key::kDigits - 1;
 
   const Tile tile(static_cast<const T*>(p.logits) + request * p.batch_stride + node * p.node_stride, part, p.vocab);
+  let_next_launch_start();
+  wait_for_launch_before();
   if (!kMass && first) {
     const float top = top_of_cta(tile);
     if (threadIdx.x == 0) entries[part].top = top;

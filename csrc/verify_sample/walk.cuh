@@ -137,24 +137,37 @@ struct SampleTree {
 
   // `total` and `top` of every node, always in the same order.
   __device__ __forceinline__ void sum_rows(SampleNode* nodes) const {
-    constexpr int kLanes = 8;  // per node
+    constexpr int kLanes = 8, kDeep = 4;  // lanes per node, loads of each in flight
 #pragma unroll 1
     for (int first = 0; first < p.nodes; first += kLogitsThreads / kLanes) {
       const int u = first + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
       const SampleEntry* tiles = entries + u * parts;
       float top = __uint_as_float(0xFF800000);
-      double total = 0.0;
-#pragma unroll 4
-      for (int i = lane; u < p.nodes && i < parts; i += kLanes) top = fmaxf(top, load_entry(tiles + i).top);
+      double total = 0.0;  // in units of `top`
+#pragma unroll 1
+      for (int start = lane; u < p.nodes && start < parts; start += kLanes * kDeep) {
+        SampleEntry some[kDeep];
+        float higher = top;
 #pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-#pragma unroll 4
-      for (int i = lane; u < p.nodes && i < parts; i += kLanes) total += scaled(load_entry(tiles + i), top);
+        for (int i = 0; i < kDeep; ++i) {
+          some[i] = {0, top, 0};
+          if (start + i * kLanes < parts) some[i] = load_entry(tiles + start + i * kLanes);
+          higher = fmaxf(higher, some[i].top);
+        }
+        if (total > 0.0) total *= scale(top, higher);
+        top = higher;
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i) total += scaled(some[i], top);
+      }
+      float higher = top;
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, step));
+      if (total > 0.0) total *= scale(top, higher);
 #pragma unroll
       for (int step = 1; step < kLanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
       if (u < p.nodes && lane == 0) {
         nodes[u].total = total;
-        nodes[u].top = top;
+        nodes[u].top = higher;
       }
     }
   }
@@ -200,20 +213,21 @@ struct SampleTree {
   // next_token: first the tile where the sum of what is left passes the coin's share of it, then the warp's 32 vectors,
   // then the token.
   __device__ __forceinline__ void draw(const SampleNode* nodes, int node, const Share& share) const {
-    __shared__ std::int64_t left[kSampleMaxParts], left_of_slot[kSlots];
+    __shared__ SampleEntry left[kSampleMaxParts];
     __shared__ double reach[kSampleMaxParts];
+    __shared__ std::int64_t left_of_slot[kSlots];
     __shared__ std::int64_t goal_in_tile;
     __shared__ int chosen_tile;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float coin = coins[p.nodes], top = nodes[node].top;
     const SampleEntry* tiles = entries + node * parts;
-    if (static_cast<int>(threadIdx.x) < parts) left[threadIdx.x] = load_entry(tiles + threadIdx.x).mass;
+    if (static_cast<int>(threadIdx.x) < parts) left[threadIdx.x] = load_entry(tiles + threadIdx.x);
     if (static_cast<int>(threadIdx.x) < kSlots) left_of_slot[threadIdx.x] = 0;
     __syncthreads();
 #pragma unroll 1
     for (int i = node + 1 + threadIdx.x; i < p.nodes; i += kLogitsThreads) {
       if (nodes[i].parent == node && nodes[i].mass > 0) {
-        subtract(left + place(node, nodes[i].token) / Tile::kSize, nodes[i].mass);
+        subtract(&left[place(node, nodes[i].token) / Tile::kSize].mass, nodes[i].mass);
       }
     }
     __syncthreads();
@@ -221,12 +235,7 @@ struct SampleTree {
       double below = 0.0;
 #pragma unroll 1
       for (int first = 0; first < parts; first += 32) {
-        SampleEntry tile{};
-        if (first + lane < parts) {
-          tile = load_entry(tiles + first + lane);
-          tile.mass = left[first + lane];
-        }
-        below += warp_prefix(scaled(tile, top));
+        below += warp_prefix(first + lane < parts ? scaled(left[first + lane], top) : 0.0);
         if (first + lane < parts) reach[first + lane] = below;
         below = __shfl_sync(~0u, below, 31);
       }
@@ -236,14 +245,15 @@ struct SampleTree {
 #pragma unroll 1
       for (int first = 0; first < parts && tile == parts; first += 32) {
         const int i = first + lane;
-        const unsigned past = __ballot_sync(~0u, i < parts && left[i] > 0 && reach[i] > goal);
+        const unsigned past = __ballot_sync(~0u, i < parts && left[i].mass > 0 && reach[i] > goal);
         if (past != 0) tile = first + __ffs(past) - 1;
       }
       if (lane == 0) {
         chosen_tile = tile;
         if (tile < parts) {  // the draw takes the first token whose sum within the tile exceeds goal_in_tile
-          const double within = (goal - (tile > 0 ? reach[tile - 1] : 0.0)) / scale(load_entry(tiles + tile).top, top);
-          goal_in_tile = static_cast<std::int64_t>(fmin(fmax(within, 0.0), static_cast<double>(left[tile] - 1)));
+          const double within = (goal - (tile > 0 ? reach[tile - 1] : 0.0)) / scale(left[tile].top, top);
+          const double most = static_cast<double>(left[tile].mass - 1);
+          goal_in_tile = static_cast<std::int64_t>(fmin(fmax(within, 0.0), most));
         }
       }
     }
@@ -253,7 +263,7 @@ struct SampleTree {
       return;
     }
 
-    const SampleEntry entry = load_entry(tiles + chosen_tile);
+    const SampleEntry entry = left[chosen_tile];
     const Kept keeps = FILTERED ? kept(node, entry) : Kept{};
     const Tile tile(row(node), chosen_tile, p.vocab);
 #pragma unroll

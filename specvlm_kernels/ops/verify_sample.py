@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..backend import (
     Tier,
+    architecture,
     extension,
     logits_type,
     not_for_cuda_logits,
@@ -209,6 +210,7 @@ def _cuda(
             factor=min(max(math.log2(math.e) / temperature, 1e-36), 1e30),  # float32's range
             dtype=logits_type(logits),
             aligned=aligned,
+            overlap=architecture(logits.device.index) >= 90,
             stream=raw_stream(logits.device.index),
         )
 

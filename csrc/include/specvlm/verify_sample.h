@@ -10,7 +10,7 @@
 
 namespace specvlm {
 
-constexpr int kSampleMaxNodes = 768;    // what the walk needs of them is in shared memory
+constexpr int kSampleMaxNodes = 768;     // what the walk needs of them is in shared memory
 constexpr int kSampleMaxBatch = 4096;    // one counter each
 constexpr int kSampleMaxRows = 1 << 16;  // batch * nodes where top_k or top_p is given: one counter each
 constexpr int kSampleMaxVocab = 1 << 20;
@@ -43,7 +43,8 @@ struct VerifySampleParams {
 // Bytes that a call needs. aligned: logits and their strides are multiples of 16 bytes. filtered: with top_k or top_p.
 std::size_t verify_sample_workspace(int batch, int nodes, int vocab, bool aligned, bool filtered);
 
-// Fills params.arrivals. Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
-void verify_sample(VerifySampleParams params, bool aligned, cudaStream_t stream);
+// Fills params.arrivals. overlap: the launches of a call may overlap, which takes code built for sm_90 or newer.
+// Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
+void verify_sample(VerifySampleParams params, bool aligned, bool overlap, cudaStream_t stream);
 
 }  // namespace specvlm
