@@ -194,7 +194,7 @@ def first_two_tokens(draws: int, verify, device="cpu", batch=20000):
 def p_values(first, second, model, temperature=1.0, top_k=None, top_p=None):
     vocab, values = len(first), []
     for row, count in [(model[vocab], first)] + [(model[token], second[token]) for token in (4, 1, 2)]:
-        expected = torch.tensor(distribution(row, temperature, top_k, top_p)).double() * count.sum()
+        expected = torch.tensor(distribution(row, temperature, top_k, top_p), dtype=torch.float64) * count.sum()
         some = expected > 0
         assert not bool(count[~some].any()), "a token without mass was emitted"
         if int(some.sum()) > 1:

@@ -63,8 +63,8 @@ void verify_sample(VerifySampleParams params, bool aligned, bool overlap, cudaSt
                  params.batch);
   check_argument(params.nodes >= 1 && params.nodes <= kSampleMaxNodes, "nodes: expected 1..", kSampleMaxNodes, ", got ",
                  params.nodes);
-  check_argument(!filtered || params.batch * params.nodes <= kSampleMaxRows, "batch * nodes: expected at most ",
-                 kSampleMaxRows, " with top_k or top_p, got ", params.batch * params.nodes);
+  check_argument(params.batch * params.nodes <= kSampleMaxRows, "batch * nodes: expected at most ", kSampleMaxRows,
+                 ", got ", params.batch * params.nodes);
   check_argument(params.vocab >= 1 && params.vocab <= kSampleMaxVocab, "vocab: expected 1..", kSampleMaxVocab, ", got ",
                  params.vocab);
   check_argument(params.top_k >= 1, "top_k: expected at least 1, got ", params.top_k);

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 4)
   constexpr bool kMass = KIND == SampleSearch::kMass;
   constexpr int kMassColumns = kSearchColumns / 2;
   __shared__ union {
-    std::uint32_t words[kSearchBins * kSearchColumns];
+    alignas(16) std::uint32_t words[kSearchBins * kSearchColumns];
     typename Scan::TempStorage scan;
   } shared;
 
@@ -43,6 +43,11 @@ __global__ void __launch_bounds__(kLogitsThreads, 4)
   const int shift = Key::kBits - 8 * (digit + 1);
   const bool first = digit == 0, final = digit == Key::kDigits - 1;
 
+  if constexpr (KIND != SampleSearch::kTop) {
+    uint4* vectors = reinterpret_cast<uint4*>(shared.words);
+#pragma unroll
+    for (int i = 0; i < kSearchColumns / 4; ++i) vectors[i * kLogitsThreads + threadIdx.x] = {0, 0, 0, 0};
+  }
   const Tile tile(static_cast<const T*>(p.logits) + request * p.batch_stride + node * p.node_stride, part, p.vocab);
   let_next_launch_start();
   wait_for_launch_before();
@@ -53,8 +58,6 @@ __global__ void __launch_bounds__(kLogitsThreads, 4)
   if constexpr (KIND != SampleSearch::kTop) {
     const std::uint32_t prefix = first ? 0 : state->prefix;
     const float top = kMass ? state->top : 0.0f, least = after_count ? state->count_cut : __uint_as_float(0xFF800000);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kSearchBins * kSearchColumns; i += kLogitsThreads) shared.words[i] = 0;
     __syncthreads();
 #pragma unroll
     for (int v = 0; v < Tile::kVectors; ++v) {

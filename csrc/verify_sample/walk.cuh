@@ -316,7 +316,7 @@ struct SampleTree {
     }
     const std::int64_t upto = warp_prefix(of_lane);
     const unsigned past = __ballot_sync(~0u, upto > goal);
-    if (lane == __ffs(past) - 1) {
+    if (lane == (past != 0 ? __ffs(past) - 1 : 31)) {
       std::int64_t sum = upto - of_lane;
       int found = p.vocab - 1;
 #pragma unroll 1

@@ -12,7 +12,7 @@ namespace specvlm {
 
 constexpr int kSampleMaxNodes = 768;     // what the walk needs of them is in shared memory
 constexpr int kSampleMaxBatch = 4096;    // one counter each
-constexpr int kSampleMaxRows = 1 << 16;  // batch * nodes where top_k or top_p is given: one counter each
+constexpr int kSampleMaxRows = 1 << 16;  // batch * nodes: one counter each
 constexpr int kSampleMaxVocab = 1 << 20;
 
 struct VerifySampleParams {
