@@ -17,6 +17,7 @@
 #include "specvlm/token_scores.h"
 #include "specvlm/tree_attention.h"
 #include "specvlm/verify_greedy.h"
+#include "specvlm/verify_sample.h"
 
 namespace py = pybind11;
 
@@ -289,6 +290,47 @@ void bind_verify_greedy(py::module_& m) {
       py::arg("vocab"), py::arg("dtype"), py::arg("aligned"), py::arg("stream"));
 }
 
+void bind_verify_sample(py::module_& m) {
+  m.def("verify_sample_workspace", &specvlm::verify_sample_workspace, py::arg("batch"), py::arg("nodes"),
+        py::arg("vocab"), py::arg("aligned"), py::arg("filtered"));
+  m.def(
+      "verify_sample",
+      [](Address logits, Address tokens, Address parents, Address coins, Address path, Address length,
+         Address next_token, Address workspace, std::int64_t batch_stride, std::int64_t node_stride,
+         std::int64_t tokens_stride, std::int64_t parents_stride, std::int64_t coins_stride, std::int64_t path_stride,
+         int batch, int nodes, int vocab, int top_k, double top_p, double factor, specvlm::LogitsType dtype,
+         bool aligned, bool overlap, Address stream) {
+        specvlm::VerifySampleParams p{};
+        p.logits = pointer<const void>(logits);
+        p.tokens = pointer<const std::int64_t>(tokens);
+        p.parents = pointer<const std::int32_t>(parents);
+        p.coins = pointer<const float>(coins);
+        p.path = pointer<std::int32_t>(path);
+        p.length = pointer<std::int32_t>(length);
+        p.next_token = pointer<std::int64_t>(next_token);
+        p.workspace = pointer<void>(workspace);
+        p.batch_stride = batch_stride;
+        p.node_stride = node_stride;
+        p.tokens_stride = tokens_stride;
+        p.parents_stride = parents_stride;
+        p.coins_stride = coins_stride;
+        p.path_stride = path_stride;
+        p.batch = batch;
+        p.nodes = nodes;
+        p.vocab = vocab;
+        p.top_k = top_k;
+        p.top_p = top_p;
+        p.factor = factor;
+        p.dtype = dtype;
+        specvlm::verify_sample(p, aligned, overlap, stream_of(stream));
+      },
+      py::arg("logits"), py::arg("tokens"), py::arg("parents"), py::arg("coins"), py::arg("path"), py::arg("length"),
+      py::arg("next_token"), py::arg("workspace"), py::arg("batch_stride"), py::arg("node_stride"),
+      py::arg("tokens_stride"), py::arg("parents_stride"), py::arg("coins_stride"), py::arg("path_stride"),
+      py::arg("batch"), py::arg("nodes"), py::arg("vocab"), py::arg("top_k"), py::arg("top_p"), py::arg("factor"),
+      py::arg("dtype"), py::arg("aligned"), py::arg("overlap"), py::arg("stream"));
+}
+
 void bind_compact_kv(py::module_& m) {
   m.def(
       "compact_kv",
@@ -343,5 +385,6 @@ PYBIND11_MODULE(_C, m) {
   bind_select_tokens(m);
   bind_draft_topk(m);
   bind_verify_greedy(m);
+  bind_verify_sample(m);
   bind_compact_kv(m);
 }

@@ -165,6 +165,9 @@ struct LogitsTile {
   __device__ __forceinline__ float logit(int v, int e) const {
     return Word::value(words[v][e / kPerWord], e % kPerWord);
   }
+  __device__ __forceinline__ std::uint32_t raw(int v, int e) const {
+    return kPerWord == 1 ? words[v][e] : words[v][e / 2] >> (e % 2 * 16) & 0xFFFFu;
+  }
   __device__ __forceinline__ float highest(int v) const {
     const std::uint32_t top = Word::max(Word::max(words[v][0], words[v][1]), Word::max(words[v][2], words[v][3]));
     return kPerWord == 1 ? Word::value(top, 0) : fmaxf(Word::value(top, 0), Word::value(top, 1));

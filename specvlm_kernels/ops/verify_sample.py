@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, not_for_triton, register
+from ..backend import (
+    Tier,
+    architecture,
+    extension,
+    logits_type,
+    not_for_cuda_logits,
+    not_for_triton,
+    on_device,
+    raw_stream,
+    register,
+    rows_aligned,
+)
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_sample import verify_sample as reference
 from .verify_greedy import check_tree, empty_verdict
@@ -143,6 +155,66 @@ def _torch(
         given.copy_(computed)
 
 
+MOST_CUDA_NODES, MOST_CUDA_ROWS = 768, 1 << 16  # csrc/include/specvlm/verify_sample.h
+
+
+def _cuda_missing(logits: Tensor, *_: object) -> str | None:
+    if reason := not_for_cuda_logits(logits, batch=logits.shape[0]):
+        return reason
+    b, n, _vocab = logits.shape
+    if n > MOST_CUDA_NODES:
+        return f"at most {MOST_CUDA_NODES} nodes, got {n}"
+    return None if b * n <= MOST_CUDA_ROWS else f"at most {MOST_CUDA_ROWS} nodes of all requests, got {b * n}"
+
+
+def _cuda(
+    logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    coins: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    path: Tensor,
+    length: Tensor,
+    next_token: Tensor,
+) -> None:
+    module, _ = extension()
+    b, n, vocab = logits.shape
+    top_k = vocab if top_k is None else top_k
+    top_p = 1.0 if top_p is None else top_p
+    aligned = rows_aligned(logits)
+    size = module.verify_sample_workspace(b, n, vocab, aligned, top_k < vocab or top_p < 1)
+    workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    with on_device(logits.device.index):
+        module.verify_sample(
+            logits=logits.data_ptr(),
+            tokens=tokens.data_ptr(),
+            parents=parents.data_ptr(),
+            coins=coins.data_ptr(),
+            path=path.data_ptr(),
+            length=length.data_ptr(),
+            next_token=next_token.data_ptr(),
+            workspace=workspace.data_ptr(),
+            batch_stride=logits.stride(0),
+            node_stride=logits.stride(1),
+            tokens_stride=tokens.stride(0),
+            parents_stride=parents.stride(0),
+            coins_stride=coins.stride(0),
+            path_stride=path.stride(0),
+            batch=b,
+            nodes=n,
+            vocab=vocab,
+            top_k=top_k,
+            top_p=top_p,
+            factor=min(max(math.log2(math.e) / temperature, 1e-36), 1e30),  # float32's range
+            dtype=logits_type(logits),
+            aligned=aligned,
+            overlap=architecture(logits.device.index) >= 90,
+            stream=raw_stream(logits.device.index),
+        )
+
+
 def _triton(*call: Any) -> None:
     from ..triton.verify_sample import verify_sample as kernel
 
@@ -156,5 +228,6 @@ def _triton_missing(logits: Tensor, *_: object) -> str | None:
     return None if vocab <= 1 << 20 else f"at most {1 << 20} tokens in the vocabulary, got {vocab}"
 
 
+OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)
