@@ -35,11 +35,10 @@ class Tier:
 
 @dataclass
 class Op:
-    """An op's name, its tiers, and the order in which they are tried on a GPU."""
+    """An op's name and its tiers; on a GPU they are tried in the order of BACKENDS."""
 
     name: str
     tiers: dict[str, Tier] = field(default_factory=dict)
-    order: tuple[str, ...] = BACKENDS
 
     def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Any]:
         """The function that runs this call on tensors of this device."""
@@ -55,7 +54,7 @@ class Op:
     def best(self, device: torch.device, call: tuple[Any, ...]) -> str:
         """The first backend that can run this call; on the CPU Triton's interpreter only runs when named."""
         if device.type == "cuda":
-            for name in self.order:
+            for name in BACKENDS:
                 if self.missing(name, device, call) is None:
                     return name
         return "torch"

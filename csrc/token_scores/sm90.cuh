@@ -106,29 +106,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
         make_uint4(0, 0, 0, 0);
   }
   ptx::fence_proxy_async(ptx::space_shared);
-  auto load_queries = [&](int request, int head, int first_query) {  // one thread's
-    for (int c = 0; c < plan.chunks; ++c) {
-      ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, q_full + c,
-                                     chunk_rows * D * 2);
-      for (int h = 0; h < kHalves; ++h)
-        load_box(shared + layout.q + (h * plan.rows + c * chunk_rows) * 128, &q_map, h * 64, head * group,
-                 first_query + c * plan.chunk_queries, request, q_full + c, kEvictLast);
-    }
-  };
-
-  // While the kernel before may still run: with one request the line of tiles follows from the arguments, and what it
-  // begins with can be brought into the L2, which stays coherent.
-  if (p.batch == 1 && p.page_table == nullptr && threadIdx.x >= kConsumers && threadIdx.x < kConsumers + 32) {
-    const int lane = threadIdx.x % 32, per_head = span.tiles(0) + kHeadCost;
-    const int unit = static_cast<int>(static_cast<std::int64_t>(blockIdx.x) * p.kv_heads * per_head / gridDim.x);
-    const int head = unit / per_head, tile = max(unit % per_head - kHeadCost, 0);
-    if (lane < plan.chunks * kHalves)
-      prefetch_box(&q_map, lane % kHalves * 64, head * group, lane / kHalves * plan.chunk_queries, 0);
-    if (lane / kHalves < plan.stages)
-      prefetch_box(&k_map, lane % kHalves * 64, head, span.start(0) + (tile + lane / kHalves) * kSpanTile, 0);
-  }
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-  if (threadIdx.x < 32) {  // units before each request: a scan over the batch
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
+  if (threadIdx.x < 32) {                               // units before each request: a scan over the batch
     int before = 0;
     for (int first = 0; first < p.batch; first += 32) {
       const int request = first + threadIdx.x, tiles = request < p.batch ? span.tiles(request) : 0;
@@ -159,15 +138,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     const std::uint64_t hint = plan.row_tiles == 1 ? kEvictFirst : kEvictNormal;
     int stage = 0;
     std::uint32_t phase = 1;  // the ring starts empty
-    bool q_asked = false;
     for (int unit = first; unit < limit;) {
       const ScoreSegment s = score_segment_at(span, prefix, unit, limit);
       unit += s.units;
       const int origin = span.origin(span.start(s.request));
-      if (!q_asked && s.begin < s.end) {  // later ones when the consumers are done with those before
-        if (lane == 0) load_queries(s.request, s.head, 0);
-        q_asked = true;
-      }
       for (int row_tile = 0; row_tile < plan.row_tiles; ++row_tile) {
         int pages = 0;  // the warp looks up the pages of several tiles at a time
         for (int t = s.begin; t < s.end; ++t) {
@@ -232,11 +206,17 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
       const int first_query = row_tile * plan.tile_queries;
       const int rows = min(plan.tile_queries, p.queries - first_query) * group, blocks = (rows + N - 1) / N;
 
-      if (q_used) {
-        named_barrier(1, kConsumers);  // all are done with Q and lse
-        if (threadIdx.x == 0) load_queries(s.request, s.head, first_query);
-      }
+      if (q_used) named_barrier(1, kConsumers);  // all are done with Q and lse
       q_used = true;
+      if (threadIdx.x == 0) {
+        for (int c = 0; c < plan.chunks; ++c) {
+          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, q_full + c,
+                                         chunk_rows * D * 2);
+          for (int h = 0; h < kHalves; ++h)
+            load_box(shared + layout.q + (h * plan.rows + c * chunk_rows) * 128, &q_map, h * 64, s.head * group,
+                     first_query + c * plan.chunk_queries, s.request, q_full + c, kEvictLast);
+        }
+      }
       bool left_out = false;
       for (int row = threadIdx.x; row < plan.rows; row += kConsumers) {
         const int query = row < rows ? first_query + row / group : p.queries;  // past the rows: none

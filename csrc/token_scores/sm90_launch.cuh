@@ -10,11 +10,13 @@
 
 namespace specvlm {
 
-// What is built in. Two warpgroups leave 232 registers a thread: room for two blocks of 128 columns and the keys. Every
-// so many exponentials of 8 go to the FMA units: at D = 128 the tensor cores and the exponential unit would be equally
-// busy, at D = 64 the exponentials take twice as long as the products.
-constexpr int kScoreColumns[] = {128, 96, 80, 64, 48, 32, 16};
-constexpr int kScoreWarpgroups = 2;
+// What is built in: columns of a block, and warpgroups. Two warpgroups leave 232 registers a thread: room for two
+// blocks of 128 columns and the keys; three leave 160, which is enough for 80 columns, and hide more latency. Every so
+// many exponentials of 8 go to the FMA units, where the products take half as long as the exponentials.
+struct ScoreShape {
+  int columns, warpgroups;
+};
+constexpr ScoreShape kScoreShapes[] = {{128, 2}, {96, 2}, {80, 3}, {64, 2}, {48, 2}, {32, 2}, {16, 2}};
 constexpr int score_polynomial(int head_dim) { return head_dim == 64 ? 2 : 0; }
 
 template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>
@@ -38,21 +40,13 @@ void launch_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan&
   launch_token_scores_add<true>(p, stream);
 }
 
-#ifdef SPECVLM_TUNE
-// Other shapes, bf16 with D = 128 alone; see tune.cu.
-void tune_token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream);
-#endif
-
 template <typename T, int D, int INDEX = 0>
 void token_scores_sm90(const TokenScoresParams& p, const TokenScoresPlan& plan, cudaStream_t stream) {
-#ifdef SPECVLM_TUNE
-  if (plan.warpgroups != kScoreWarpgroups || plan.polynomial != score_polynomial(D))
-    return tune_token_scores_sm90(p, plan, stream);
-#endif
-  if constexpr (INDEX == std::size(kScoreColumns)) {
+  if constexpr (INDEX == std::size(kScoreShapes)) {
     throw std::invalid_argument("plan: made by token_scores_plan?");
-  } else if (kScoreColumns[INDEX] == plan.columns) {
-    launch_token_scores_sm90<T, D, kScoreColumns[INDEX], kScoreWarpgroups, score_polynomial(D)>(p, plan, stream);
+  } else if (kScoreShapes[INDEX].columns == plan.columns) {
+    constexpr ScoreShape kShape = kScoreShapes[INDEX];
+    launch_token_scores_sm90<T, D, kShape.columns, kShape.warpgroups, score_polynomial(D)>(p, plan, stream);
   } else {
     token_scores_sm90<T, D, INDEX + 1>(p, plan, stream);
   }

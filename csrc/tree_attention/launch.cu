@@ -4,6 +4,7 @@
 #include <cstring>
 #endif
 #include <limits>
+#include <utility>
 
 #include "common/check.h"
 #include "tree_attention/sm80_shapes.h"
@@ -39,19 +40,32 @@ TreeAttentionKernel kernel_for(int group, int page_size, int architecture) {
 constexpr int kRunCost = 5;  // traced on an H100: 4 to 6
 constexpr int kRowsColumns = 2 * kRowsPerWarpgroup;
 
-// The packed rows of a head in equal tiles of whole nodes, so that one TMA box is a row tile, of at most so many rows.
-TreeAttentionPlan row_tiles(TreeAttentionKernel kernel, int nodes, int group, int most_rows) {
+// The packed rows of a head in `count` tiles of whole nodes, so that one TMA box is a row tile.
+TreeAttentionPlan with_row_tiles(TreeAttentionKernel kernel, int nodes, int group, int count) {
   TreeAttentionPlan plan{};
   plan.kernel = kernel;
-  const int most = std::min(nodes, most_rows / group);
-  plan.row_tiles = (nodes + most - 1) / most;
-  plan.row_tile = (nodes + plan.row_tiles - 1) / plan.row_tiles * group;
+  const int per_tile = (nodes + count - 1) / count;
+  plan.row_tile = per_tile * group;
+  plan.row_tiles = (nodes + per_tile - 1) / per_tile;
+  plan.columns = kRowsColumns;
+  if (kernel == TreeAttentionKernel::kSm90)
+    for (const int columns : kColumns) {
+      plan.columns = 2 * columns;
+      if (plan.columns >= plan.row_tile) break;
+    }
+  plan.side = (plan.row_tiles + kMostSide - 1) / kMostSide;  // rounds
+  plan.side = (plan.row_tiles + plan.side - 1) / plan.side;
   return plan;
 }
 
-// What a plan costs a multiprocessor for 64 positions, in cycles.
-int cycles(const TreeAttentionPlan& plan) {
-  return plan.row_tiles * (plan.kernel == TreeAttentionKernel::kSm90Rows ? 1350 : plan.columns * 25 / 2);
+int rounds(const TreeAttentionPlan& plan) { return (plan.row_tiles + plan.side - 1) / plan.side; }
+
+// Cycles that a plan takes for the tiles of one row tile; fitted to traces and times on an H100.
+double cycles(const TreeAttentionPlan& plan, std::int64_t tiles, int multiprocessors) {
+  const std::int64_t teams = std::max(multiprocessors / plan.side, 1);
+  const std::int64_t of_a_team = (tiles * rounds(plan) + teams - 1) / teams;
+  if (plan.kernel == TreeAttentionKernel::kSm90Rows) return 1700.0 * of_a_team + 5000.0;
+  return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns;
 }
 
 }  // namespace
@@ -65,35 +79,28 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
   if (kernel_for(group, page_size, architecture) == TreeAttentionKernel::kSm80)
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);
-  TreeAttentionPlan plan = row_tiles(TreeAttentionKernel::kSm90, nodes, group, kMostColumns);
-  for (const int columns : kColumns) {
-    plan.columns = 2 * columns;
-    if (plan.columns >= plan.row_tile) break;
-  }
-  if (group <= kRowsColumns) {
-    TreeAttentionPlan rows = row_tiles(TreeAttentionKernel::kSm90Rows, nodes, group, kRowsColumns);
-    rows.columns = kRowsColumns;
-    if (cycles(rows) < cycles(plan)) plan = rows;
+  const std::int64_t tiles = static_cast<std::int64_t>(batch) * kv_heads * ((capacity + kTile - 1) / kTile);
+  TreeAttentionPlan plan{};
+  double least = std::numeric_limits<double>::infinity();
+  for (const auto& [kernel, most] :
+       {std::pair{TreeAttentionKernel::kSm90, kMostColumns}, std::pair{TreeAttentionKernel::kSm90Rows, kRowsColumns}}) {
+    if (group > most) continue;
+    const int fewest = (nodes + most / group - 1) / (most / group);
+    for (int count = fewest; count <= std::min(std::max(fewest, kMostSide), nodes); ++count) {
+      const TreeAttentionPlan other = with_row_tiles(kernel, nodes, group, count);
+      const double cost = cycles(other, tiles, multiprocessors);
 #ifdef SPECVLM_TUNE
-    if (const char* kernel = std::getenv("SPECVLM_TREE_ATTENTION")) {
-      if (std::strcmp(kernel, "rows") == 0) plan = rows;
-      if (std::strcmp(kernel, "swapped") == 0 && plan.kernel == rows.kernel) {
-        plan = row_tiles(TreeAttentionKernel::kSm90, nodes, group, kMostColumns);
-        for (const int columns : kColumns) {
-          plan.columns = 2 * columns;
-          if (plan.columns >= plan.row_tile) break;
-        }
+      if (const char* wanted = std::getenv("SPECVLM_TREE_ATTENTION")) {
+        const bool rows = kernel == TreeAttentionKernel::kSm90Rows;
+        if ((std::strcmp(wanted, "rows") == 0 && !rows) || (std::strcmp(wanted, "swapped") == 0 && rows)) continue;
+        if (std::strcmp(wanted, "fewest") == 0 && count > fewest) continue;
       }
-    }
 #endif
+      if (cost < least) least = cost, plan = other;
+    }
   }
   plan.run_cost = kRunCost;
-#ifdef SPECVLM_TUNE
-  if (const char* cost = std::getenv("SPECVLM_RUN_COST")) plan.run_cost = std::atoi(cost);
-#endif
-  const int rounds = (plan.row_tiles + kMostSide - 1) / kMostSide;
-  plan.side = std::min((plan.row_tiles + rounds - 1) / rounds, multiprocessors);
-  const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds;
+  const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
   const std::int64_t units = items * ((capacity + kTile - 1) / kTile + plan.run_cost);
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   const std::int64_t teams = std::min<std::int64_t>(std::min(multiprocessors, kMaxParts) / plan.side, units);

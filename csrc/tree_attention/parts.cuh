@@ -34,24 +34,25 @@ struct Part {
 
 constexpr int kMaxParts = 256;
 
-// One CTA per item and octet. Threads hold four values as the attention kernels' did. sm90.cuh: rows
-// 2 * (lane % 4) and the next, dims 64 * half + 16 * warp + lane / 4 and 8 further; sm90_rows.cuh (ROWS): row lane / 4,
-// dims 64 * half + 16 * warp + 2 * (lane % 4) and the next, and 8 further. Each of GROUPS groups of threads takes its
-// share of the parts, in the order of the cache, and the groups' sums are added in order too. Where the parts lie
-// follows from the lengths, which all kernels before the attention kernel have long written: it is worked out while
-// that one still runs.
+constexpr int kCombineDims = 32;  // of a CTA: two warps' share of an octet
+
+// One CTA per item, octet and 32 dims, so that what an SM can read bounds nobody. Threads hold four values as the
+// attention kernels' did. sm90.cuh: rows 2 * (lane % 4) and the next, dims 16 * warp + lane / 4 and 8 further;
+// sm90_rows.cuh (ROWS): row lane / 4, dims 16 * warp + 2 * (lane % 4) and the next, and 8 further. Each of GROUPS pairs
+// of warps takes its share of the parts, in the order of the cache, and the groups' sums are added in order too. Where
+// the parts lie follows from the lengths, which all kernels before the attention kernel have long written: it is worked
+// out while that one still runs.
 template <typename T, int D, int GROUPS, bool ROWS>
-__global__ void __launch_bounds__(GROUPS* Part<D>::kOctet, GROUPS == 2 ? 2 : 1)
+__global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
     combine_parts_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ RowTiles rows_of,
                          int columns, int ctas) {
-  constexpr int kOctet = Part<D>::kOctet, kLoadsInFlight = 9;
-  __shared__ __align__(16) float weights[kMaxParts][8];
-  __shared__ float sums[kMaxParts][8], tops[8], totals[8];
-  __shared__ float4 gathered[GROUPS - 1][kOctet];
-  __shared__ __align__(16) T result[8][D];
+  constexpr int kThreads = GROUPS * 64, kSlices = D / kCombineDims, kLoadsInFlight = 9;
+  __shared__ float references[kMaxParts][8], sums[kMaxParts][8], tops[8], totals[8];
+  __shared__ float4 gathered[GROUPS - 1][64];
+  __shared__ __align__(16) T result[8][kCombineDims];
   __shared__ int3 place;  // the team that begins the item, parts, live rows
   extern __shared__ int prefix[];
-  const int octet = blockIdx.x, request = blockIdx.z, lane = threadIdx.x % 32;
+  const int octet = blockIdx.x / kSlices, slice = blockIdx.x % kSlices, request = blockIdx.z, lane = threadIdx.x % 32;
   int head = blockIdx.y, row_tile = 0;
   if (rows_of.count > 1) head = blockIdx.y / rows_of.count, row_tile = blockIdx.y % rows_of.count;
   const int first_row = row_tile * rows_of.rows + octet * 8;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(GROUPS* Part<D>::kOctet, GROUPS == 2 ? 2 : 1)
 #endif
   if (parts == 1 || rows <= 0) return;  // written by its only CTA
 
-  const int thread = threadIdx.x % kOctet, group = threadIdx.x / kOctet;
+  const int thread = threadIdx.x % 64, group = threadIdx.x / 64;
   // float4s (and, times four, floats) from the first CTA's place to part i: it lies in the CTA's second slot if i is 0
   const int stride = 2 * columns * (D + 2) / 4;
   const auto* base = reinterpret_cast<const float4*>(Part<D>{p.workspace, columns, first, false}.base());
@@ -90,27 +91,29 @@ __global__ void __launch_bounds__(GROUPS* Part<D>::kOctet, GROUPS == 2 ? 2 : 1)
   auto load = [&] {
 #pragma unroll
     for (int i = 0; i < kLoadsInFlight; ++i)
-      loaded[i] =
-          at + i < stop ? base[offset_of(at + i) + octet * kOctet + thread] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      loaded[i] = at + i < stop ? base[offset_of(at + i) + octet * Part<D>::kOctet + slice * 64 + thread]
+                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   };
+#pragma unroll 1
+  for (int i = threadIdx.x / 8; i < parts; i += kThreads / 8) {  // eight rows of a part lie side by side
+    const int n = threadIdx.x % 8;
+    const float* of_part = reinterpret_cast<const float*>(base + offset_of(i)) + columns * D + octet * 8 + n;
+    references[i][n] = of_part[0];
+    sums[i][n] = of_part[columns];
+  }
   load();
-  if (threadIdx.x < 256) {  // a warp a column
-    const int n = threadIdx.x / 32;
-    const float* references = reinterpret_cast<const float*>(base) + columns * D + octet * 8 + n;
+  __syncthreads();
+#pragma unroll 1
+  for (int n = threadIdx.x / 32; n < 8; n += kThreads / 32) {
     float top = kNothing, sum = 0.0f;
 #pragma unroll 1
-    for (int i = lane; i < parts; i += 32) {
-      const float reference = references[4 * offset_of(i)];
-      sums[i][n] = references[4 * offset_of(i) + columns];
-      weights[i][n] = reference;
-      top = fmaxf(top, reference);
-    }
+    for (int i = lane; i < parts; i += 32) top = fmaxf(top, references[i][n]);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
 #pragma unroll 1
     for (int i = lane; i < parts; i += 32) {
-      const float weight = exp2_fast(weights[i][n] - top);
-      weights[i][n] = weight;
+      const float weight = exp2_fast(references[i][n] - top);
+      references[i][n] = weight;
       sum = fmaf(sums[i][n], weight, sum);
     }
 #pragma unroll
@@ -119,6 +122,7 @@ __global__ void __launch_bounds__(GROUPS* Part<D>::kOctet, GROUPS == 2 ? 2 : 1)
   }
   __syncthreads();
 
+  const auto& weights = references;
   const int row_a = ROWS ? lane / 4 : lane % 4 * 2, row_b = ROWS ? row_a : row_a + 1;  // of x, z and of y, w
   float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   while (true) {
@@ -137,31 +141,30 @@ __global__ void __launch_bounds__(GROUPS* Part<D>::kOctet, GROUPS == 2 ? 2 : 1)
   }
   if (group > 0) gathered[group - 1][thread] = value;
   __syncthreads();
-  if (group == 0) {
+  if (group > 0) return;
 #pragma unroll
-    for (int g = 0; g + 1 < GROUPS; ++g) {
-      const float4 other = gathered[g][thread];
-      value.x += other.x, value.y += other.y, value.z += other.z, value.w += other.w;
-    }
-    const float a = totals[row_a], b = totals[row_b];
-    const bool seen_a = first_row + row_a < live_rows && a > 0.0f;
-    const bool seen_b = first_row + row_b < live_rows && b > 0.0f;
-    const int dim_a = thread / 128 * 64 + thread % 128 / 32 * 16 + (ROWS ? lane % 4 * 2 : lane / 4),
-              dim_b = ROWS ? dim_a + 1 : dim_a;
-    result[row_a][dim_a] = static_cast<T>(seen_a ? value.x / a : 0.0f);
-    result[row_b][dim_b] = static_cast<T>(seen_b ? value.y / b : 0.0f);
-    result[row_a][dim_a + 8] = static_cast<T>(seen_a ? value.z / a : 0.0f);
-    result[row_b][dim_b + 8] = static_cast<T>(seen_b ? value.w / b : 0.0f);
+  for (int g = 0; g + 1 < GROUPS; ++g) {
+    const float4 other = gathered[g][thread];
+    value.x += other.x, value.y += other.y, value.z += other.z, value.w += other.w;
   }
-  __syncthreads();
-  const int n = threadIdx.x / (D / 8), chunk = threadIdx.x % (D / 8);
+  const float a = totals[row_a], b = totals[row_b];
+  const bool seen_a = first_row + row_a < live_rows && a > 0.0f;
+  const bool seen_b = first_row + row_b < live_rows && b > 0.0f;
+  const int dim_a = thread / 32 * 16 + (ROWS ? lane % 4 * 2 : lane / 4), dim_b = ROWS ? dim_a + 1 : dim_a;
+  result[row_a][dim_a] = static_cast<T>(seen_a ? value.x / a : 0.0f);
+  result[row_b][dim_b] = static_cast<T>(seen_b ? value.y / b : 0.0f);
+  result[row_a][dim_a + 8] = static_cast<T>(seen_a ? value.z / a : 0.0f);
+  result[row_b][dim_b + 8] = static_cast<T>(seen_b ? value.w / b : 0.0f);
+  named_barrier(1, 64);
+  constexpr int kChunks = kCombineDims / 8;
+  const int n = thread / kChunks, chunk = thread % kChunks;
   if (n >= rows) return;
   const int row = first_row + n, node = row / rows_of.group, q_head = head * rows_of.group + row % rows_of.group;
   T* out = static_cast<T*>(p.out) + request * p.out_strides.batch +
            static_cast<std::int64_t>(node) * p.out_strides.token +
            static_cast<std::int64_t>(q_head) * p.out_strides.head;
-  reinterpret_cast<uint4*>(out)[chunk] = reinterpret_cast<const uint4*>(result[n])[chunk];
-  if (p.lse != nullptr && chunk == 0)
+  reinterpret_cast<uint4*>(out)[slice * kChunks + chunk] = reinterpret_cast<const uint4*>(result[n])[chunk];
+  if (p.lse != nullptr && chunk == 0 && slice == 0)
     p.lse[(static_cast<std::int64_t>(request) * p.nodes + node) * p.q_heads + q_head] =
         row < live_rows && totals[n] > 0.0f ? (tops[n] + log2f(totals[n])) * 0.6931471805599453f
                                             : __int_as_float(0xff800000);
@@ -172,15 +175,18 @@ void launch_combine_groups(const TreeAttentionParams& p, const TreeAttentionPlan
                            dim3 grid, cudaStream_t stream) {
   const int shared = (p.batch + 1) * 4;
   prepare_kernel<combine_parts_kernel<T, D, GROUPS, ROWS>>(shared);
-  launch_overlapped(combine_parts_kernel<T, D, GROUPS, ROWS>, grid, dim3(GROUPS * Part<D>::kOctet), shared, stream, p,
-                    rows_of, plan.columns, plan.ctas);
+  launch_overlapped(combine_parts_kernel<T, D, GROUPS, ROWS>, grid, dim3(GROUPS * 64), shared, stream, p, rows_of,
+                    plan.columns, plan.ctas);
 }
 
 template <typename T, int D, bool ROWS>
 void launch_combine_parts(const TreeAttentionParams& p, const TreeAttentionPlan& plan, const RowTiles& rows_of,
                           cudaStream_t stream) {
-  const dim3 grid((rows_of.rows + 7) / 8, p.kv_heads * rows_of.count, p.batch);
-  if (static_cast<std::int64_t>(grid.x) * grid.y * grid.z <= plan.ctas)  // few CTAs: each with more loads in flight
+  const dim3 grid((rows_of.rows + 7) / 8 * (D / kCombineDims), p.kv_heads * rows_of.count, p.batch);
+  const std::int64_t ctas = static_cast<std::int64_t>(grid.x) * grid.y * grid.z;
+  if (ctas <= 2 * plan.ctas)  // the fewer CTAs, the more loads in flight in each
+    launch_combine_groups<T, D, 8, ROWS>(p, plan, rows_of, grid, stream);
+  else if (ctas <= 4 * plan.ctas)
     launch_combine_groups<T, D, 4, ROWS>(p, plan, rows_of, grid, stream);
   else
     launch_combine_groups<T, D, 2, ROWS>(p, plan, rows_of, grid, stream);

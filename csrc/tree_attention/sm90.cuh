@@ -34,8 +34,8 @@ struct AttentionLayout {
   static constexpr int kRuns = kReference + kRows * 4;
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
   static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
-  // the units before each request, the producer's state; 1024: to align the base
-  static constexpr int bytes(int batch) { return kPrefix + (batch + 1 + 2) * 4 + 1024; }
+  // the units before each request and the producer's state, twice; 1024: to align the base
+  static constexpr int bytes(int batch) { return kPrefix + 2 * (batch + 1 + 2) * 4 + 1024; }
 };
 
 template <typename T, int D, int COLS>

@@ -58,6 +58,26 @@ struct AttentionRing {
   }
 };
 
+// A rehearsal, by a warp of its own while the kernel before may still run: it brings the lengths, Q and the first tiles
+// of the CTA's first run into the L2. The lengths may be old ones then, and so may be the tiles: the L2 stays coherent.
+template <class L>
+__device__ __forceinline__ void bring_near(const TeamLine& line, const CUtensorMap& q_map, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map, int* prefix) {
+  constexpr int kTiles = 2;
+  const RowTiles& rows_of = line.rows_of;
+  const int lane = threadIdx.x % 32, team = blockIdx.x / rows_of.side;
+  const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
+  const int unit = cut.start(team), limit = cut.start(team + 1);
+  if (unit >= limit) return;
+  const ItemRun s = line.run(prefix, unit, limit, blockIdx.x % rows_of.side);
+  if (s.begin >= s.end) return;
+  if (lane < L::kHalves) prefetch_box(&q_map, lane * 64, s.head * rows_of.group, s.row_tile * rows_of.nodes, s.request);
+  const int t = s.begin + lane / L::kHalves;
+  if (line.p.page_table != nullptr || lane / L::kHalves >= kTiles || t >= s.end) return;
+  prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
+  prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
+}
+
 // Threads from 2 * kWarpgroup on. L says where everything lies in shared memory. 24 registers a thread.
 template <class L>
 __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUtensorMap& q_map,
@@ -66,9 +86,14 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   const AttentionRing<L> ring(shared);
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
   const int lane = threadIdx.x % 32;
-  if (threadIdx.x >= 2 * kWarpgroup + 32) return;
+  if (threadIdx.x >= 2 * kWarpgroup + 64) return;
   const TeamLine line(p, rows_of);
   int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
+  if (threadIdx.x >= 2 * kWarpgroup + 32) {
+    bring_near<L>(line, q_map, k_map, v_map, prefix + p.batch + 3);
+    return;
+  }
+  volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;  // in registers they would cost spills
   if (lane == 0) {
     prefetch_map(&k_map);
     prefetch_map(&q_map);
@@ -89,102 +114,80 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   }
   __syncwarp();
   named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
-  // in registers these would cost spills; slot: of the run, or -1 in the rehearsal
-  volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
   const TileSource source{p, page_shift, min(page_shift, kTileShift)};
-  if (lane == 0) *slot = -1;
-  __syncwarp();
-  // First a rehearsal, while the kernel before may still run: it brings code, lengths, Q and the first tiles near.
-  // The lengths may be old ones then, and so may be what it brings into the L2, which stays coherent.
-  do {
-    if (*slot >= 0) asm volatile("griddepcontrol.wait;\n" ::: "memory");
-    int unit;
+  int unit;
+  {
+    const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
+    const int team = rows_of.side == 1 ? blockIdx.x : blockIdx.x / rows_of.side;
+    unit = cut.start(team);
+    if (lane == 0) {
+      *limit = cut.start(team + 1);
+      *slot = 0;
+    }
+    __syncwarp();
+  }
+  int k_stage = 0, v_stage = 0;
+  std::uint32_t k_phase = 1, v_phase = 1, q_phase = 1;  // the rings start empty, and so does Q
+  while (unit < *limit) {
+    volatile ItemRun* run = runs + *slot;
     {
-      const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
-      const int team = rows_of.side == 1 ? blockIdx.x : blockIdx.x / rows_of.side;
-      unit = cut.start(team);
-      if (lane == 0) *limit = cut.start(team + 1);
+      const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
+      unit += s.units;
+      if (s.begin >= s.end) continue;
+      if (lane == 0) {
+        run->request = s.request;
+        run->head = s.head;
+        run->row_tile = s.row_tile;
+        run->begin = s.begin;
+        run->end = s.end;
+        run->item_tiles = s.item_tiles;
+        run->context = s.context;
+        run->live = s.live;
+      }
       __syncwarp();
     }
-    int k_stage = 0, v_stage = 0;
-    std::uint32_t k_phase = 1, v_phase = 1, q_phase = 1;  // the rings start empty, and so does Q
-    while (unit < *limit) {
-      volatile ItemRun* run = runs + *slot;
-      {
-        const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
-        unit += s.units;
-        if (*slot < 0) {
-          if (lane < L::kHalves && s.begin < s.end)
-            prefetch_box(&q_map, lane * 64, s.head * rows_of.group, s.row_tile * rows_of.nodes, s.request);
-          const int t = s.begin + lane / L::kHalves;
-          if (p.page_table == nullptr && lane / L::kHalves < L::kStagesV && t < s.end) {
-            prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
-            prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
-          }
-          break;
-        }
-        if (s.begin >= s.end) continue;
+    int t = run->begin;
+#pragma unroll 1
+    for (bool first = true; t < run->end; ++t, first = false) {
+      const int2 place = source.place(thread_again() % 32, run->request, t);
+      auto load = [&](int ring, int at, const CUtensorMap* map, std::uint64_t* full) {
+        if (lane == 0)
+          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at, L::kTileBytes);
+        __syncwarp();
+        if (source.has(lane))
+          source.load<L::kHalves>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
+                                  full + at);
+      };
+      wait_for_phase(empty_k + k_stage, k_phase);
+      load(L::kK, k_stage, &k_map, full_k);
+      if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
+      if (first) {  // behind the first keys: its place is free only when the products of the item before are done
+        wait_for_phase(empty_q, q_phase);
+        q_phase ^= 1;
         if (lane == 0) {
-          run->request = s.request;
-          run->head = s.head;
-          run->row_tile = s.row_tile;
-          run->begin = s.begin;
-          run->end = s.end;
-          run->item_tiles = s.item_tiles;
-          run->context = s.context;
-          run->live = s.live;
+          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_q,
+                                         L::kHalves * rows_of.rows * 128);
+#pragma unroll
+          for (int h = 0; h < L::kHalves; ++h)
+            load_box(shared + L::kQ + h * L::kRows * 128, &q_map, h * 64, run->head * rows_of.group,
+                     run->row_tile * rows_of.nodes, run->request, full_q);
         }
         __syncwarp();
       }
-      int t = run->begin;
-#pragma unroll 1
-      for (bool first = true; t < run->end; ++t, first = false) {
-        const int2 place = source.place(thread_again() % 32, run->request, t);
-        auto load = [&](int ring, int at, const CUtensorMap* map, std::uint64_t* full) {
-          if (lane == 0)
-            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at,
-                                           L::kTileBytes);
-          __syncwarp();
-          if (source.has(lane))
-            source.load<L::kHalves>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
-                                    full + at);
-        };
-        wait_for_phase(empty_k + k_stage, k_phase);
-        load(L::kK, k_stage, &k_map, full_k);
-        if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
-        if (first) {  // behind the first keys: its place is free only when the products of the item before are done
-          wait_for_phase(empty_q, q_phase);
-          q_phase ^= 1;
-          if (lane == 0) {
-            ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_q,
-                                           L::kHalves * rows_of.rows * 128);
-#pragma unroll
-            for (int h = 0; h < L::kHalves; ++h)
-              load_box(shared + L::kQ + h * L::kRows * 128, &q_map, h * 64, run->head * rows_of.group,
-                       run->row_tile * rows_of.nodes, run->request, full_q);
-          }
-          __syncwarp();
-        }
-        wait_for_phase(empty_v + v_stage, v_phase);
-        load(L::kV, v_stage, &v_map, full_v);
-        if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
-      }
-      if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
-      __syncwarp();
+      wait_for_phase(empty_v + v_stage, v_phase);
+      load(L::kV, v_stage, &v_map, full_v);
+      if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
     }
-    if (*slot >= 0) {
-      wait_for_phase(empty_q, q_phase);
-      if (lane == 0) {
-        runs[*slot].begin = 0;  // no more
-        runs[*slot].end = 0;
-        ptx::mbarrier_arrive(full_q);
-      }
-      return;
-    }
+    if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
     __syncwarp();
-    if (lane == 0) *slot = 0;
-    __syncwarp();
-  } while (true);
+  }
+  wait_for_phase(empty_q, q_phase);
+  if (lane == 0) {
+    runs[*slot].begin = 0;  // no more
+    runs[*slot].end = 0;
+    ptx::mbarrier_arrive(full_q);
+  }
 }
 
 }  // namespace specvlm

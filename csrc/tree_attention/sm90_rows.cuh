@@ -26,11 +26,12 @@ struct RowsLayout {
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kHalves * kRows * 128;
   static constexpr int kV = kK + kStagesK * kTileBytes;
-  static constexpr int kUnion = kV + kStagesV * kTileBytes;  // of the masks: one word per warp
-  static constexpr int kRuns = kUnion + 8 * 8;
+  static constexpr int kUnion =
+      kV + kStagesV * kTileBytes;  // of the masks: one word per warp, for this tile and the next
+  static constexpr int kRuns = kUnion + 2 * 8 * 8;
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
   static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
-  static constexpr int bytes(int batch) { return kPrefix + (batch + 1 + 2) * 4 + 1024; }  // as AttentionLayout's
+  static constexpr int bytes(int batch) { return kPrefix + 2 * (batch + 1 + 2) * 4 + 1024; }  // as AttentionLayout's
 };
 
 template <typename T, int D>
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
   const float scale = p.scale * 1.4426950408889634f;                   // scores in log2; never 0
   const float hidden = copysignf(__int_as_float(0x7f800000), -scale);  // times scale: -inf
-  auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 4;
+  auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 8;
   const std::uint32_t k_operand = swizzled_operand(shared_address(shared + L::kK));
   const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV));
   const int warp_row = group_of_warps * kRowsPerWarpgroup + warp * 16;  // this thread's rows: + lane / 4, and 8 further
@@ -161,9 +162,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           any |= visible_bits(p, request, first_node + n / rows_of.group, context, live, t * kTile);
         const std::uint64_t low = __reduce_or_sync(~0u, static_cast<unsigned>(any));
         const std::uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(any >> 32));
-        if (lane == 0) union_shared[warp] = high << 32 | low;
+        auto* words = union_shared + t % 2 * 4;
+        if (lane == 0) words[warp] = high << 32 | low;
         named_barrier(barrier, kWarpgroup);
-        seen_by_any = (union_shared[0] | union_shared[1]) | (union_shared[2] | union_shared[3]);
+        seen_by_any = (words[0] | words[1]) | (words[2] | words[3]);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_row + lane / 4 + 8 * r;

@@ -270,8 +270,6 @@ def _cuda(
         given.copy_(out)
 
 
-# On an H200 the Triton kernel is the faster one at most of the paper's shapes, see docs/tree_attention.md.
-OP.order = ("triton", "cuda", "torch")
 OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_triton_missing, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)
