@@ -17,6 +17,9 @@ TREES = {
     "chain4": sk.TokenTree.chain(4),
     "paper": sk.SPECVLM_TREE,
     "wide": sk.TokenTree.from_paths([(i,) for i in range(80)] + [(0, 0), (0, 0, 0)]),
+    "dynamic": sk.DynamicTree(depth=4, width=3, nodes=31),
+    "dynamic chain": sk.DynamicTree(depth=4, width=1, nodes=5),
+    "dynamic wide": sk.DynamicTree(depth=3, width=40, nodes=70),
 }
 
 
