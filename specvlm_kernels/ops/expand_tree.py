@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, register
+from ..backend import Tier, extension, on_device, raw_stream, register
 from ..reference.expand_tree import Expansion
 from ..reference.expand_tree import expand_tree as reference
 
@@ -150,11 +150,48 @@ def _too_large(log_probs: Tensor, _token_ids: Tensor, _root: Tensor, nodes: int 
     return None if rows * k <= MOST_CANDIDATES else f"at most {MOST_CANDIDATES} candidates, got {rows} rows of {k}"
 
 
+def _cuda(
+    log_probs: Tensor,
+    token_ids: Tensor,
+    root: Tensor,
+    nodes: int | None,
+    tokens: Tensor,
+    parents: Tensor,
+    depths: Tensor,
+    mask: Tensor,
+    rows: Tensor,
+) -> None:
+    batch, read, width = log_probs.shape
+    index = log_probs.device.index
+    with on_device(index):
+        extension()[0].expand_tree(
+            log_probs=log_probs.data_ptr(),
+            token_ids=token_ids.data_ptr(),
+            root=root.data_ptr(),
+            tokens=tokens.data_ptr(),
+            parents=parents.data_ptr(),
+            depths=depths.data_ptr(),
+            mask=mask.data_ptr(),
+            node_rows=rows.data_ptr(),
+            log_probs_stride=log_probs.stride(0),
+            log_probs_row=log_probs.stride(1),
+            token_ids_stride=token_ids.stride(0),
+            token_ids_row=token_ids.stride(1),
+            batch=batch,
+            rows=read,
+            width=width,
+            nodes=tokens.shape[1],
+            all_rows=nodes is None,
+            stream=raw_stream(index),
+        )
+
+
 def _triton(*call: Any) -> None:
     from ..triton.expand_tree import expand_tree as kernel
 
     kernel(*call)
 
 
+OP.tiers["cuda"] = Tier(missing=_too_large, run=_cuda)
 OP.tiers["triton"] = Tier(missing=_too_large, run=_triton)
 OP.tiers["torch"] = Tier(missing=lambda *_: None, run=_torch)
