@@ -212,13 +212,14 @@ def test_margins_are_gaps_between_the_best_two_logits():
     assert torch.allclose(torch.tensor(generation.margins), best[:, 0] - best[:, 1], atol=1e-4)
 
 
-def test_sampling_is_reproducible_and_follows_the_target():
+@pytest.mark.parametrize("tree", [sk.TokenTree.from_paths([(0,), (1,)]), sk.DynamicTree(2, 2, 4)],
+                         ids=["static", "dynamic"])  # fmt: skip
+def test_sampling_is_reproducible_and_follows_the_target(tree):
     target, draft, inputs = qwen(12), qwen(12), qwen_inputs(12, text=4)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
     settings = dict(temperature=0.25, top_k=4)
-    tree = sk.TokenTree.from_paths([(0,), (1,)])
 
     def sampled(seed, speculative=True):
         both = decoder(target, draft, tree=tree, pruning=sk.Pruning("none"), sampling=Sampling(seed=seed, **settings))

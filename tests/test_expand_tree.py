@@ -174,7 +174,7 @@ def test_strides(backend, device):
 
 
 @gpu_backends("expand_tree")
-@pytest.mark.parametrize("levels,k,nodes", [(5, 10, 60), (8, 10, 128), (3, 64, 512), (8, 32, 255), (16, 16, 60),
+@pytest.mark.parametrize("levels,k,nodes", [(5, 10, 60), (8, 10, 128), (3, 60, 512), (8, 32, 255), (16, 16, 60),
                                             (2, 64, 129), (128, 1, 90), (4, 48, 500), (511, 1, 512)])  # fmt: skip
 def test_real_sizes_in_a_graph(levels, k, nodes, backend):
     b = 5
@@ -222,8 +222,13 @@ def test_bad_arguments():
 
 
 def test_the_kernels_say_what_is_too_large():
-    log_probs, ids, root = problem(1, 513, 1)
-    for nodes in (None, 5):
-        assert "at most 512 rows and nodes" in sk.explain("expand_tree", log_probs, ids, root, nodes)
-    log_probs, ids, root = problem(1, 4, 64)
-    assert "at most 8192 candidates" in sk.explain("expand_tree", log_probs, ids, root, 9)
+    for levels, k, nodes, reason in [
+        (513, 1, None, "at most 512 rows and nodes, got 513 rows and 514 nodes"),
+        (513, 1, 5, "at most 512 rows and nodes, got 513 rows and 5 nodes"),
+        (512, 1, None, "at most 512 rows and nodes, got 512 rows and 513 nodes"),
+        (4, 64, 9, "at most 8192 candidates, got 193 rows of 64"),
+        (511, 1, None, None),
+        (4, 52, 512, None),
+    ]:
+        call = module.prepare(*problem(1, levels, k), nodes)
+        assert [module.OP.tiers[tier].missing(*call) for tier in ("cuda", "triton", "torch")] == [reason, reason, None]
