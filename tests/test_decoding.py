@@ -67,7 +67,8 @@ def test_the_drafts_cache_equals_a_fresh_one():
     assert generation.stats.tau == 3  # one stale or shifted entry and the draft would disagree
 
 
-DYNAMIC = [(1, 1, 2), (1, 4, 3), (5, 1, 6), (5, 1, 3), (3, 4, 10), (5, 10, 26), (5, 10, 60), (4, 3, 31), (2, 40, 70), (6, 8, 9)]
+DYNAMIC = [(1, 1, 2), (1, 4, 3), (5, 1, 6), (5, 1, 3), (3, 4, 10), (5, 10, 26), (5, 10, 60), (4, 3, 31)]
+DYNAMIC += [(2, 40, 70), (6, 8, 9)]  # depth, width, nodes
 
 
 @pytest.mark.parametrize("tree", DYNAMIC, ids=str)
