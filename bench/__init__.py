@@ -5,6 +5,7 @@ OPS = (
     "token_scores",
     "select_tokens",
     "draft_topk",
+    "expand_tree",
     "verify_greedy",
     "verify_sample",
     "compact_kv",

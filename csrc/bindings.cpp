@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "specvlm/compact_kv.h"
 #include "specvlm/draft_topk.h"
+#include "specvlm/expand_tree.h"
 #include "specvlm/logits.h"
 #include "specvlm/select_tokens.h"
 #include "specvlm/token_scores.h"
@@ -255,6 +256,39 @@ void bind_draft_topk(py::module_& m) {
       py::arg("stream"));
 }
 
+void bind_expand_tree(py::module_& m) {
+  m.def(
+      "expand_tree",
+      [](Address log_probs, Address token_ids, Address root, Address tokens, Address parents, Address depths,
+         Address mask, Address node_rows, std::int64_t log_probs_stride, std::int64_t log_probs_row,
+         std::int64_t token_ids_stride, std::int64_t token_ids_row, int batch, int rows, int width, int nodes,
+         bool all_rows, Address stream) {
+        specvlm::ExpandTreeParams p{};
+        p.log_probs = pointer<const float>(log_probs);
+        p.token_ids = pointer<const std::int64_t>(token_ids);
+        p.root = pointer<const std::int64_t>(root);
+        p.tokens = pointer<std::int64_t>(tokens);
+        p.parents = pointer<std::int32_t>(parents);
+        p.depths = pointer<std::int32_t>(depths);
+        p.mask = pointer<std::int64_t>(mask);
+        p.node_rows = pointer<std::int32_t>(node_rows);
+        p.log_probs_stride = log_probs_stride;
+        p.log_probs_row = log_probs_row;
+        p.token_ids_stride = token_ids_stride;
+        p.token_ids_row = token_ids_row;
+        p.batch = batch;
+        p.rows = rows;
+        p.width = width;
+        p.nodes = nodes;
+        p.all_rows = all_rows;
+        specvlm::expand_tree(p, stream_of(stream));
+      },
+      py::arg("log_probs"), py::arg("token_ids"), py::arg("root"), py::arg("tokens"), py::arg("parents"),
+      py::arg("depths"), py::arg("mask"), py::arg("node_rows"), py::arg("log_probs_stride"), py::arg("log_probs_row"),
+      py::arg("token_ids_stride"), py::arg("token_ids_row"), py::arg("batch"), py::arg("rows"), py::arg("width"),
+      py::arg("nodes"), py::arg("all_rows"), py::arg("stream"));
+}
+
 void bind_verify_greedy(py::module_& m) {
   m.def("verify_greedy_workspace", &specvlm::verify_greedy_workspace, py::arg("batch"), py::arg("nodes"),
         py::arg("vocab"), py::arg("aligned"));
@@ -384,6 +418,7 @@ PYBIND11_MODULE(_C, m) {
   bind_token_scores(m);
   bind_select_tokens(m);
   bind_draft_topk(m);
+  bind_expand_tree(m);
   bind_verify_greedy(m);
   bind_verify_sample(m);
   bind_compact_kv(m);

@@ -6,6 +6,7 @@ Dense and readable, on CPU or GPU, in float64 when the inputs are float64. Impor
 
 from .compact_kv import compact_kv
 from .draft_topk import draft_topk
+from .expand_tree import Expansion, expand_tree
 from .select_tokens import Selection, select_tokens
 from .token_scores import token_scores
 from .tree_attention import tree_attention
@@ -17,10 +18,12 @@ __all__ = [
     "token_scores",
     "select_tokens",
     "draft_topk",
+    "expand_tree",
     "verify_greedy",
     "verify_sample",
     "compact_kv",
     "Selection",
+    "Expansion",
     "Verdict",
     "target_distribution",
 ]

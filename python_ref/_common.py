@@ -25,6 +25,13 @@ def unpack_bits(words: Tensor, n: int) -> Tensor:
     return (words[..., j // 64] >> (j % 64)) & 1 == 1
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """int64 bit words [..., ceil(n/64)] from bool [..., n]: the inverse of unpack_bits."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    weights = torch.ones(64, dtype=torch.int64, device=mask.device) << torch.arange(64, device=mask.device)
+    return (padded * weights).sum(-1)  # distinct bits: the sum is their union, bit 63 included
+
+
 def visible_positions(
     kv_lens: Tensor, n: int, s: int, tree_mask: Tensor | None = None, tree_lens: Tensor | None = None
 ) -> Tensor:

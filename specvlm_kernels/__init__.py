@@ -1,22 +1,24 @@
 """GPU kernels and a decoding loop for speculative decoding of video LLMs (SpecVLM).
 
-The ops, in the order of the data path: tree_attention, token_scores, select_tokens, draft_topk, verify_greedy /
-verify_sample, compact_kv. Each runs on CUDA, Triton or plain torch; `explain` says which and why.
+The ops, in the order of the data path: tree_attention, token_scores, select_tokens, draft_topk, expand_tree,
+verify_greedy / verify_sample, compact_kv. Each runs on CUDA, Triton or plain torch; `explain` says which and why.
 """
 
 from . import reference
 from .backend import BackendUnavailableError, explain
 from .ops.compact_kv import compact_kv
 from .ops.draft_topk import draft_topk
+from .ops.expand_tree import expand_tree
 from .ops.select_tokens import select_tokens
 from .ops.token_scores import token_scores
 from .ops.tree_attention import tree_attention
 from .ops.verify_greedy import verify_greedy
 from .ops.verify_sample import verify_sample
 from .pruning import Pruning, keep_count
+from .reference.expand_tree import Expansion
 from .reference.select_tokens import Selection
 from .reference.verify_greedy import Verdict
-from .tree import SPECVLM_TREE, TokenTree
+from .tree import SPECVLM_TREE, DynamicTree, TokenTree
 
 __version__ = "0.1.0"
 
@@ -26,12 +28,15 @@ __all__ = [
     "select_tokens",
     "keep_count",
     "draft_topk",
+    "expand_tree",
     "verify_greedy",
     "verify_sample",
     "compact_kv",
     "Selection",
+    "Expansion",
     "Verdict",
     "TokenTree",
+    "DynamicTree",
     "SPECVLM_TREE",
     "Pruning",
     "SpeculativeDecoder",

@@ -68,7 +68,7 @@ def _video_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--draft", help="draft checkpoint folder or hub name (default: the tiny example)")
     command.add_argument("--prune", type=float, default=0.9, help="share of the video tokens to prune, in [0,1)")
     command.add_argument("--top-p", type=float, default=0.4, help="share of attention for stage I of the pruning")
-    command.add_argument("--tree", default="paper", help='"paper" (26 nodes) or "chain:N"')
+    command.add_argument("--tree", default="paper", help='"paper" (26 nodes), "chain:N" or "dynamic:DEPTH,WIDTH,NODES"')
     command.add_argument("--positions", choices=("original", "compact"), default="original")
     command.add_argument("--max-new-tokens", type=int, default=512)
     command.add_argument("--max-cache-tokens", type=int, help="refuse requests that need a larger cache")
@@ -312,14 +312,19 @@ class Job:
 
 
 def parse_tree(text: str) -> Any:
-    from .tree import SPECVLM_TREE, TokenTree
+    from .tree import SPECVLM_TREE, DynamicTree, TokenTree
 
     if text == "paper":
         return SPECVLM_TREE
-    kind, _, count = text.partition(":")
-    if kind != "chain" or not count.isdigit() or int(count) < 1:
-        raise UserError(f'--tree: expected "paper" or "chain:N", got {text!r}')
-    return TokenTree.chain(int(count))
+    kind, _, rest = text.partition(":")
+    numbers = rest.split(",")
+    if len(numbers) != {"chain": 1, "dynamic": 3}.get(kind) or not all(number.isdecimal() for number in numbers):
+        raise UserError(f'--tree: expected "paper", "chain:N" or "dynamic:DEPTH,WIDTH,NODES", got {text!r}')
+    make = TokenTree.chain if kind == "chain" else DynamicTree
+    try:
+        return make(*map(int, numbers))
+    except ValueError as error:
+        raise UserError(f"--tree: {text!r}: {error}") from error
 
 
 def checkpoints(args: argparse.Namespace) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _checks as check
 from . import graphs as _graphs
-from .drafting import Drafter, TreeDrafter
+from .drafting import Drafter, make_drafter
 from .graphs import Program
 from .model import KVCache, Model, Prompt, Rating
 from .ops.compact_kv import compact_kv
@@ -21,7 +21,7 @@ from .ops.verify_sample import verify_sample
 from .pruning import Pruning
 from .reference.verify_greedy import Verdict
 from .stats import PHASES, Clock, Generation, Stats
-from .tree import SPECVLM_TREE, TokenTree
+from .tree import SPECVLM_TREE, DynamicTree, TokenTree
 from .workspace import Side, Workspaces
 
 __all__ = ["PHASES", "Generation", "KVCache", "Model", "Prompt", "Rating", "Sampling", "SpeculativeDecoder", "Stats"]
@@ -161,7 +161,8 @@ class SpeculativeDecoder:
 
     Args:
         target, draft: see `Model`; `from_transformers` wraps transformers' classes.
-        tree: the shape of the token tree, by default the paper's 26 nodes.
+        tree: the shape of the token tree, by default the paper's 26 nodes; or a DynamicTree, which the draft shapes
+            in every round.
         pruning: how the draft's visual tokens are chosen, by default the paper's method at 90%; may be set anew
             between requests.
         sampling: None for greedy.
@@ -177,7 +178,7 @@ class SpeculativeDecoder:
         target: Model,
         draft: Model,
         *,
-        tree: TokenTree = SPECVLM_TREE,
+        tree: TokenTree | DynamicTree = SPECVLM_TREE,
         pruning: Pruning | None = None,
         sampling: Sampling | None = None,
         positions: str = "original",
@@ -185,13 +186,14 @@ class SpeculativeDecoder:
         max_cache_tokens: int | None = None,
         graphs: bool | None = None,
     ):
-        for name, value, kind in (
-            ("tree", tree, TokenTree),
-            ("pruning", pruning, Pruning),
-            ("sampling", sampling, Sampling),
+        for name, value, kinds in (
+            ("tree", tree, (TokenTree, DynamicTree)),
+            ("pruning", pruning, (Pruning, type(None))),
+            ("sampling", sampling, (Sampling, type(None))),
         ):
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+            if not isinstance(value, kinds):
+                names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+                raise TypeError(f"{name}: expected a {names}, got {type(value).__name__}")
         if positions not in ("original", "compact"):
             raise ValueError(f'positions: expected "original" or "compact", got {positions!r}')
         if tree.max_depth == 0:
@@ -316,7 +318,7 @@ class SpeculativeDecoder:
 
     def _round(self, target: Side, draft: Side) -> Round:
         def build() -> Round:
-            drafter = TreeDrafter(draft, self.tree, self.shared_vocab)
+            drafter = make_drafter(draft, self.tree, self.shared_vocab)
             return Round(target, drafter, self._verify, self.graphs)
 
         return self._workspaces.program(("round", id(target), id(draft)), build)
@@ -354,13 +356,14 @@ class SpeculativeDecoder:
             visual = int(prompt.visual.sum())
             lengths["draft"] = prompt.length - visual + self.pruning.keep(visual)
         models = {"target": self.target, "draft": self.draft}
+        nodes = {"target": self.tree.num_nodes, "draft": self.tree.draft_nodes}
         requests, working = {}, 0
         for name, length in lengths.items():
-            need = length + max_new_tokens + self.tree.num_nodes
+            need = length + max_new_tokens + max(2, nodes[name])
             if self.max_cache_tokens is not None and need > self.max_cache_tokens:
                 raise ValueError(
                     f"the {name}'s cache is too small: {length} prompt tokens, {max_new_tokens} new tokens and a tree "
-                    f"of {self.tree.num_nodes} need {need} cache tokens, and max_cache_tokens is "
+                    f"of {nodes[name]} need {need} cache tokens, and max_cache_tokens is "
                     f"{self.max_cache_tokens}"
                 )
             requests[name] = models[name], need

@@ -9,6 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import _checks as check
+from .reference._common import pack_bits
+
 
 @dataclass(frozen=True)
 class TokenTree:
@@ -75,6 +78,11 @@ class TokenTree:
         return tuple(range(a, b) for a, b in zip(starts, starts[1:]))
 
     @property
+    def draft_nodes(self) -> int:
+        """Nodes that the draft's cache has to hold, with the root."""
+        return self.num_nodes
+
+    @property
     def width(self) -> int:
         """Candidates needed per node: one more than the largest rank."""
         return max(self.ranks) + 1
@@ -106,14 +114,48 @@ class TokenTree:
         return torch.tensor(self.parents, dtype=torch.int32, device=device)
 
 
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree that the draft shapes anew in every round, in the style of EAGLE-2 (arXiv 2406.16858).
+
+    Level by level the draft reads the `width` likeliest nodes and proposes `width` children of each; of all that it
+    proposed the likeliest are kept. How likely a node is: the sum of the log-probabilities on the way to it.
+
+    Args:
+        depth: levels below the root, and passes of the draft in a round.
+        width: nodes that the draft reads on a level, and children it proposes for each.
+        nodes: nodes that the target checks, with the root.
+    """
+
+    depth: int
+    width: int
+    nodes: int
+
+    def __post_init__(self) -> None:
+        check.integer("depth", self.depth, 1)
+        check.integer("width", self.width, 1)
+        check.integer("nodes", self.nodes, 2, 1 + self.draft_nodes * self.width)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the target checks, with the root."""
+        return self.nodes
+
+    @property
+    def max_depth(self) -> int:
+        return self.depth
+
+    @property
+    def draft_nodes(self) -> int:
+        """Nodes that the draft reads, with the root."""
+        return 1 + (self.depth - 1) * self.width
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """int64 bit words [...,N,ceil(N/64)] from a bool mask [...,N,N]: bit j%64 of word j//64 is mask[..., j]."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-    n = mask.shape[-1]
-    padded = torch.nn.functional.pad(mask, (0, -n % 64)).unflatten(-1, (-1, 64))
-    weights = torch.ones(64, dtype=torch.int64, device=mask.device) << torch.arange(64, device=mask.device)
-    return (padded * weights).sum(-1)  # distinct bits: the sum is their union, bit 63 included
+    return pack_bits(mask)
 
 
 def _paper_paths() -> list[tuple[int, ...]]:

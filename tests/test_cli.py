@@ -43,14 +43,25 @@ def test_generate_as_json_with_sampling(capsys):
     assert json.loads(first[1])["tree_nodes"] == 4
 
 
+def test_trees():
+    assert cli.parse_tree("paper").num_nodes == 26 and cli.parse_tree("chain:3").num_nodes == 4
+    tree = cli.parse_tree("dynamic:5,10,60")
+    assert (tree.depth, tree.width, tree.nodes) == (5, 10, 60)
+    for text in ("", "paper:1", "chain", "chain:", "chain:x", "chain:1,2", "chain:0", "chain:-1", "dynamic:5,10",
+                 "dynamic:5,10,60,1", "dynamic:5,,60", "dynamic:0,10,60", "dynamic:1,2,9", "other:1"):  # fmt: skip
+        with pytest.raises(cli.UserError, match="--tree: "):
+            cli.parse_tree(text)
+
+
 def test_every_way_to_decode_says_the_same(capsys):
     argv = ("generate", CLIP, QUESTION, *PAIR, "--max-new-tokens", 20, "--json")
     outputs = []
-    for options in ((), ("--no-graphs",), ("--passes", "fused")):
+    dynamic = "--tree", "dynamic:4,6,20"
+    for options in ((), ("--no-graphs",), ("--passes", "fused"), dynamic):
         code, out, _ = run(capsys, *argv, *options)
         assert code == 0
         outputs.append(json.loads(out)["tokens"])
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert all(tokens == outputs[0] for tokens in outputs)
 
 
 def test_compare_says_identical_four_times(capsys, tmp_path):

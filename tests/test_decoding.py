@@ -67,6 +67,54 @@ def test_the_drafts_cache_equals_a_fresh_one():
     assert generation.stats.tau == 3  # one stale or shifted entry and the draft would disagree
 
 
+DYNAMIC = [(1, 1, 2), (1, 4, 3), (5, 1, 6), (5, 1, 3), (3, 4, 10), (5, 10, 26), (5, 10, 60), (4, 3, 31)]
+DYNAMIC += [(2, 40, 70), (6, 8, 9)]  # depth, width, nodes
+
+
+@pytest.mark.parametrize("tree", DYNAMIC, ids=str)
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
+def test_dynamic_trees_and_half_right_drafts(tree, noise):
+    """The output is the target's, and the draft's cache is what a fresh pass over prompt and answer gives: accepted
+    rows were moved from where they were read, and what was not read was read next."""
+    target, draft, inputs = qwen(2), qwen(2), qwen_inputs(2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += noise * parameter.std() * torch.randn_like(parameter)
+    tree = sk.DynamicTree(*tree)
+    if tree.nodes < tree.draft_nodes:  # a draft so sure of itself that few nodes make a deep tree
+        draft.lm_head.weight = torch.nn.Parameter(6 * draft.lm_head.weight)
+    pair = decoder(target, draft, tree=tree, pruning=sk.Pruning("none"))
+    generation = pair.generate(inputs, 60)
+    assert generation.tokens == greedy(target, inputs, 60)
+    stats = generation.stats
+    assert stats.draft_passes == tree.depth * stats.rounds and stats.tau > 0
+    if noise == 0 and 1 in (tree.width, tree.depth):  # else the greedy path may not be among the likeliest
+        assert stats.tau == min(tree.depth, tree.nodes - 1)
+
+    side = next(side for (name, _), side in pair._workspaces._sides.items() if name == "draft")
+    model, used = pair.draft, int(side.cache.kv_lens)
+    with torch.no_grad():
+        prompt, fresh = model.embed(inputs), model.new_cache(side.cache.capacity)
+        model.forward(fresh, prompt.embeds, prompt.positions, fresh=True)
+        fresh.kv_lens += prompt.length
+        answer = torch.tensor([generation.tokens])
+        model.forward(fresh, answer, prompt.next_position + torch.arange(answer.shape[1])[None])
+    common = min(used, prompt.length + answer.shape[1])
+    assert common >= prompt.length + answer.shape[1] - tree.depth - 2
+    for got, want in ((side.cache.keys, fresh.keys), (side.cache.values, fresh.values)):
+        assert torch.allclose(got[:, :, :common], want[:, :, :common], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dynamic_trees_with_pruning_and_another_vocabulary(family):
+    make, make_inputs = FAMILIES[family]
+    target, inputs = make(4), make_inputs(4)
+    for draft in (make(54, 2, 1, layers=1), make(4, vocab=VOCAB - 5), make(4, vocab=VOCAB + 24)):
+        generation = decoder(target, draft, tree=sk.DynamicTree(4, 6, 30)).generate(inputs, 30)
+        assert generation.tokens == greedy(target, inputs, 30)
+
+
 @pytest.mark.parametrize("method", ["specvlm", "uniform", "random", "none"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("positions", ["original", "compact"])
@@ -167,13 +215,14 @@ def test_margins_are_gaps_between_the_best_two_logits():
     assert torch.allclose(torch.tensor(generation.margins), best[:, 0] - best[:, 1], atol=1e-4)
 
 
-def test_sampling_is_reproducible_and_follows_the_target():
+@pytest.mark.parametrize("tree", [sk.TokenTree.from_paths([(0,), (1,)]), sk.DynamicTree(2, 2, 4)],
+                         ids=["static", "dynamic"])  # fmt: skip
+def test_sampling_is_reproducible_and_follows_the_target(tree):
     target, draft, inputs = qwen(12), qwen(12), qwen_inputs(12, text=4)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
     settings = dict(temperature=0.25, top_k=4)
-    tree = sk.TokenTree.from_paths([(0,), (1,)])
 
     def sampled(seed, speculative=True):
         both = decoder(target, draft, tree=tree, pruning=sk.Pruning("none"), sampling=Sampling(seed=seed, **settings))
@@ -211,6 +260,10 @@ def test_clear_errors():
     for name in ("tree", "pruning", "sampling"):
         with pytest.raises(TypeError, match=f"{name}: expected a"):
             decoder(target, draft, **{name: "paper"})
+    with pytest.raises(TypeError, match="TokenTree or DynamicTree"):
+        decoder(target, draft, tree=None)
+    with pytest.raises(ValueError, match="needs 300 candidates"):
+        decoder(target, draft, tree=sk.DynamicTree(1, 300, 4))
     with pytest.raises(ValueError, match="method"):
         sk.Pruning("other")
     with pytest.raises(ValueError, match="ratio"):

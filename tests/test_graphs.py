@@ -17,6 +17,9 @@ TREES = {
     "chain4": sk.TokenTree.chain(4),
     "paper": sk.SPECVLM_TREE,
     "wide": sk.TokenTree.from_paths([(i,) for i in range(80)] + [(0, 0), (0, 0, 0)]),
+    "dynamic": sk.DynamicTree(depth=4, width=3, nodes=31),
+    "dynamic chain": sk.DynamicTree(depth=4, width=1, nodes=5),
+    "dynamic wide": sk.DynamicTree(depth=3, width=40, nodes=70),
 }
 
 
@@ -73,10 +76,11 @@ def test_recorded_plain_decoding(graphs, with_margins):
     assert len(graphs) == 2
 
 
-def test_recorded_sampling_tosses_anew_every_round(graphs):
+@pytest.mark.parametrize("tree", ["paper", "dynamic"])
+def test_recorded_sampling_tosses_anew_every_round(graphs, tree):
     target, draft = qwen(12), noisy(qwen(12), 0.05)
     for seed in (3, 4):
-        options = dict(sampling=Sampling(temperature=0.8, seed=seed), pruning=sk.Pruning("none"))
+        options = dict(sampling=Sampling(temperature=0.8, seed=seed), pruning=sk.Pruning("none"), tree=TREES[tree])
         recorded, eager = (
             sk.SpeculativeDecoder.from_transformers(target, draft, graphs=on, **options) for on in (True, False)
         )
@@ -314,10 +318,11 @@ def test_cuda_graphs_equal_calls(family, tree, dtype):
 
 
 @pytest.mark.gpu
-def test_a_round_does_not_wait_for_the_gpu(monkeypatch):
+@pytest.mark.parametrize("tree", ["paper", "dynamic"])
+def test_a_round_does_not_wait_for_the_gpu(monkeypatch, tree):
     """PyTorch raises at every synchronising call while a round is launched call by call."""
     target = qwen(2).cuda()
-    decoder = sk.SpeculativeDecoder.from_transformers(target, target, graphs=False)
+    decoder = sk.SpeculativeDecoder.from_transformers(target, target, graphs=False, tree=TREES[tree])
     inputs = {k: v.cuda() for k, v in qwen_inputs(1).items()}
     want = decoder.generate(inputs, 30).tokens  # kernels are compiled here
     launch = Program.launch
@@ -335,9 +340,10 @@ def test_a_round_does_not_wait_for_the_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_no_memory_is_allocated_in_a_round():
+@pytest.mark.parametrize("tree", ["paper", "dynamic"])
+def test_no_memory_is_allocated_in_a_round(tree):
     target = qwen(2).cuda()
-    decoder = sk.SpeculativeDecoder.from_transformers(target, target)
+    decoder = sk.SpeculativeDecoder.from_transformers(target, target, tree=TREES[tree])
     inputs = {k: v.cuda() for k, v in qwen_inputs(1).items()}
     decoder.generate(inputs, 60)
     seen = []

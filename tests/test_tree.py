@@ -60,6 +60,17 @@ def test_bad_trees(parents, ranks):
         sk.TokenTree(parents, ranks)
 
 
+def test_dynamic_trees():
+    tree = sk.DynamicTree(depth=5, width=10, nodes=60)
+    assert (tree.num_nodes, tree.max_depth, tree.draft_nodes) == (60, 5, 41)
+    assert sk.DynamicTree(1, 4, 5).draft_nodes == 1
+    for name, values in [("depth", (0, 1, 2)), ("width", (1, 0, 2)), ("nodes", (1, 4, 6)), ("nodes", (5, 10, 1))]:
+        with pytest.raises(ValueError, match=name):
+            sk.DynamicTree(*values)
+    with pytest.raises(TypeError, match="depth"):
+        sk.DynamicTree(2.0, 4, 6)
+
+
 def test_bad_chain():
     with pytest.raises(ValueError, match="n: "):
         sk.TokenTree.chain(0)
