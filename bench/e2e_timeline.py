@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,23 @@ class Kernel:
 
 def trace(program: Program, device: torch.device) -> list[Kernel]:
     """The kernels of one run of a program, in order; empty where the profiler sees none."""
+
+    def run() -> None:
+        program.launch()
+        program.wait({})
+
+    return kernels_of(run, device)
+
+
+def kernels_of(call: Callable[[], Any], device: torch.device) -> list[Kernel]:
+    """The kernels of one call, in order; empty where the profiler sees none."""
     if device.type != "cuda":
         return []
     from torch.profiler import ProfilerActivity, profile
 
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            program.launch()
-            program.wait({})
+            call()
             torch.cuda.synchronize(device)
         events = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     except RuntimeError as error:

@@ -228,11 +228,10 @@ void bind_select_tokens(py::module_& m) {
 
 void bind_draft_topk(py::module_& m) {
   py::class_<specvlm::DraftTopkPlan>(m, "DraftTopkPlan")
-      .def_readonly("per_thread", &specvlm::DraftTopkPlan::per_thread)
       .def_readonly("parts", &specvlm::DraftTopkPlan::parts)
       .def_readonly("workspace_entries", &specvlm::DraftTopkPlan::workspace_entries);
   m.def("draft_topk_plan", &specvlm::draft_topk_plan, py::arg("rows"), py::arg("vocab"), py::arg("k"),
-        py::arg("aligned"), py::arg("multiprocessors"));
+        py::arg("aligned"));
   m.def(
       "draft_topk",
       [](const specvlm::DraftTopkPlan& plan, Address logits, std::int64_t row_stride, Address log_probs,

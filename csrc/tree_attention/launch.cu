@@ -1,8 +1,4 @@
 #include <algorithm>
-#ifdef SPECVLM_TUNE
-#include <cstdlib>
-#include <cstring>
-#endif
 #include <limits>
 #include <utility>
 
@@ -37,7 +33,8 @@ TreeAttentionKernel kernel_for(int group, int page_size, int architecture) {
   return architecture >= 90 && tma && group <= kMostColumns ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
 }
 
-constexpr int kRunCost = 5;  // traced on an H100: 4 to 6
+constexpr int kRunCost = 5;              // traced on an H100: 4 to 6
+constexpr int kMostShared = 227 * 1024;  // of a CTA
 constexpr int kRowsColumns = 2 * kRowsPerWarpgroup;
 
 // The packed rows of a head in `count` tiles of whole nodes, so that one TMA box is a row tile.
@@ -48,6 +45,8 @@ TreeAttentionPlan with_row_tiles(TreeAttentionKernel kernel, int nodes, int grou
   plan.row_tile = per_tile * group;
   plan.row_tiles = (nodes + per_tile - 1) / per_tile;
   plan.columns = kRowsColumns;
+  plan.tile_shift = kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : kTileShift;
+  plan.run_cost = kRunCost >> (plan.tile_shift - kTileShift);
   if (kernel == TreeAttentionKernel::kSm90)
     for (const int columns : kColumns) {
       plan.columns = 2 * columns;
@@ -64,7 +63,7 @@ int rounds(const TreeAttentionPlan& plan) { return (plan.row_tiles + plan.side -
 double cycles(const TreeAttentionPlan& plan, std::int64_t tiles, int multiprocessors) {
   const std::int64_t teams = std::max(multiprocessors / plan.side, 1);
   const std::int64_t of_a_team = (tiles * rounds(plan) + teams - 1) / teams;
-  if (plan.kernel == TreeAttentionKernel::kSm90Rows) return 1700.0 * of_a_team + 5000.0;
+  if (plan.kernel == TreeAttentionKernel::kSm90Rows) return 1600.0 * of_a_team + 5000.0;
   return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns;
 }
 
@@ -85,23 +84,16 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
   for (const auto& [kernel, most] :
        {std::pair{TreeAttentionKernel::kSm90, kMostColumns}, std::pair{TreeAttentionKernel::kSm90Rows, kRowsColumns}}) {
     if (group > most) continue;
+    if (kernel == TreeAttentionKernel::kSm90Rows && RowsLayout<128>::bytes(batch) > kMostShared) continue;
     const int fewest = (nodes + most / group - 1) / (most / group);
     for (int count = fewest; count <= std::min(std::max(fewest, kMostSide), nodes); ++count) {
       const TreeAttentionPlan other = with_row_tiles(kernel, nodes, group, count);
       const double cost = cycles(other, tiles, multiprocessors);
-#ifdef SPECVLM_TUNE
-      if (const char* wanted = std::getenv("SPECVLM_TREE_ATTENTION")) {
-        const bool rows = kernel == TreeAttentionKernel::kSm90Rows;
-        if ((std::strcmp(wanted, "rows") == 0 && !rows) || (std::strcmp(wanted, "swapped") == 0 && rows)) continue;
-        if (std::strcmp(wanted, "fewest") == 0 && count > fewest) continue;
-      }
-#endif
       if (cost < least) least = cost, plan = other;
     }
   }
-  plan.run_cost = kRunCost;
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
-  const std::int64_t units = items * ((capacity + kTile - 1) / kTile + plan.run_cost);
+  const std::int64_t units = items * ((capacity >> plan.tile_shift) + 1 + plan.run_cost);
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   const std::int64_t teams = std::min<std::int64_t>(std::min(multiprocessors, kMaxParts) / plan.side, units);
   plan.ctas = plan.side * static_cast<int>(std::max<std::int64_t>(1, teams));

@@ -14,11 +14,12 @@ constexpr int kSegmentCost = 3;  // what an item costs a CTA of the sm_80 kernel
 // The packed rows of a KV head (node, head of the group) in tiles of whole nodes.
 struct RowTiles {
   int count;
-  int nodes;         // per tile
-  int group;         // q_heads / kv_heads
-  int rows;          // nodes * group
-  int run_cost = 0;  // what an item costs a CTA of the Hopper kernels besides its tiles, in tiles
-  int side = 1;      // row tiles that a team of CTAs takes side by side, see sm90_line.cuh
+  int nodes;                    // per tile
+  int group;                    // q_heads / kv_heads
+  int rows;                     // nodes * group
+  int run_cost = 0;             // what an item costs a CTA of the Hopper kernels besides its tiles, in tiles
+  int tile_shift = kTileShift;  // log2 of the cache positions per tile
+  int side = 1;                 // row tiles that a team of CTAs takes side by side, see sm90_line.cuh
 };
 
 // The line: the tiles of all items, one after the other. An item is a request, a KV head and a row tile; it comes as
@@ -45,7 +46,7 @@ struct ItemLine {
     return min(context + (p.tree_mask == nullptr ? row_tile * rows_of.nodes + 1 : 0), p.capacity);
   }
   __device__ int tiles(int context, int live, int row_tile) const {
-    return (end(context, live, row_tile) + kTile - 1) / kTile;
+    return (end(context, live, row_tile) + (1 << rows_of.tile_shift) - 1) >> rows_of.tile_shift;
   }
   __device__ int units(int context, int live, int row_tile) const {
     const int count = tiles(context, live, row_tile);

@@ -20,6 +20,7 @@ template <int D, int COLS>
 struct AttentionLayout {
   static constexpr int kRows = 2 * COLS;  // columns of the CTA: its packed rows and what pads them
   static constexpr int kHalves = D / 64;  // 128-byte wide parts of a row
+  static constexpr int kTile = specvlm::kTile;
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kStagesK = D == 128 ? 4 : 6, kStagesV = D == 128 ? (COLS > 80 ? 3 : 4) : 6;
   static constexpr int kPBytes = COLS * 128;  // P of a warpgroup; two of them, so that one is read while one is written

@@ -16,27 +16,27 @@ constexpr int kColumns[] = {8, 16, 32, 48, 64, 72, 80, 96, 104};  // packed rows
 constexpr int kMostColumns = 2 * kColumns[std::size(kColumns) - 1];
 
 inline CUtensorMap cache_map(const char* name, const void* base, const TreeAttentionStrides& strides,
-                             const TreeAttentionParams& p) {
+                             const TreeAttentionParams& p, int tile) {
   const bool paged = p.page_table != nullptr;
-  return half_tensor_map(
-      name, base, p.dtype == HalfType::kBFloat16, p.head_dim,
-      {{p.kv_heads, strides.head, 1},
-       {paged ? p.page_size : p.capacity, strides.token, paged ? std::min(p.page_size, kTile) : kTile},
-       {paged ? p.pages : p.batch, strides.batch, 1}});
+  return half_tensor_map(name, base, p.dtype == HalfType::kBFloat16, p.head_dim,
+                         {{p.kv_heads, strides.head, 1},
+                          {paged ? p.page_size : p.capacity, strides.token, paged ? std::min(p.page_size, tile) : tile},
+                          {paged ? p.pages : p.batch, strides.batch, 1}});
 }
 
 // L: the kernel's layout of shared memory. ROWS: how it leaves its parts, see parts.cuh.
 template <typename T, int D, class L, bool ROWS, auto KERNEL>
 void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // 0 * -inf would be NaN
-  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile, plan.run_cost, plan.side};
+  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile, plan.run_cost, plan.tile_shift, plan.side};
   rows_of.nodes = rows_of.rows / rows_of.group;
   const CUtensorMap q_map = half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, D,
                                             {{p.q_heads, p.q_strides.head, rows_of.group},
                                              {p.nodes, p.q_strides.token, rows_of.nodes},
                                              {p.batch, p.q_strides.batch, 1}});
-  const CUtensorMap k_map = cache_map("k", p.k, p.k_strides, p), v_map = cache_map("v", p.v, p.v_strides, p);
-  int page_shift = kTileShift;
+  const CUtensorMap k_map = cache_map("k", p.k, p.k_strides, p, L::kTile),
+                    v_map = cache_map("v", p.v, p.v_strides, p, L::kTile);
+  int page_shift = plan.tile_shift;
   if (p.page_table != nullptr)
     for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
   const int shared = L::bytes(p.batch);

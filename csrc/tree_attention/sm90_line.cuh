@@ -29,7 +29,7 @@ struct TeamLine : ItemLine {
     const int first = first_row_tile * rows_of.nodes;
     if (first >= live) return 0;
     const int seen = p.tree_mask == nullptr ? min(first + rows_of.side * rows_of.nodes, live) : live;
-    const int count = (min(context + seen, p.capacity) + kTile - 1) / kTile;
+    const int count = (min(context + seen, p.capacity) + (1 << rows_of.tile_shift) - 1) >> rows_of.tile_shift;
     return count == 0 ? 0 : rows_of.run_cost + count;
   }
   __device__ int units_per_head(int context, int live) const {

@@ -15,14 +15,15 @@ constexpr int kReady = 5;                          // named barrier: the mbarrie
 constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
 
 // The tiles of a cache as boxes that TMA can fetch: whole, or page by page, one lane a page.
+template <int TILE>
 struct TileSource {
   const TreeAttentionParams& p;
   int page_shift, box_shift;  // log2 of the positions in a page and in a box
 
-  __device__ bool has(int lane) const { return lane < kTile >> box_shift; }
+  __device__ bool has(int lane) const { return lane < TILE >> box_shift; }
   // The request or page, and the first position in it, of a lane's box.
   __device__ int2 place(int lane, int request, int tile) const {
-    const int position = tile * kTile + (lane << box_shift);
+    const int position = tile * TILE + (lane << box_shift);
     if (p.page_table == nullptr) return make_int2(request, position);
     const int index = position >> page_shift;
     if (!has(lane) || index >= p.max_pages) return make_int2(p.pages, 0);  // outside of the map: zeros
@@ -33,7 +34,7 @@ struct TileSource {
   __device__ void load(char* stage, const CUtensorMap* map, int lane, int head, int2 place, std::uint64_t* full) const {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half)
-      load_box(stage + half * kTile * 128 + (lane << box_shift) * 128, map, half * 64, head, place.y, place.x, full);
+      load_box(stage + half * TILE * 128 + (lane << box_shift) * 128, map, half * 64, head, place.y, place.x, full);
   }
 };
 
@@ -74,8 +75,8 @@ __device__ __forceinline__ void bring_near(const TeamLine& line, const CUtensorM
   if (lane < L::kHalves) prefetch_box(&q_map, lane * 64, s.head * rows_of.group, s.row_tile * rows_of.nodes, s.request);
   const int t = s.begin + lane / L::kHalves;
   if (line.p.page_table != nullptr || lane / L::kHalves >= kTiles || t >= s.end) return;
-  prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
-  prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * kTile, s.request);
+  prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * L::kTile, s.request);
+  prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * L::kTile, s.request);
 }
 
 // Threads from 2 * kWarpgroup on. L says where everything lies in shared memory. 24 registers a thread.
@@ -115,7 +116,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   __syncwarp();
   named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
-  const TileSource source{p, page_shift, min(page_shift, kTileShift)};
+  const TileSource<L::kTile> source{p, page_shift, min(page_shift, rows_of.tile_shift)};
   int unit;
   {
     const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));

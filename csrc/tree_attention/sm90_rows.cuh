@@ -1,9 +1,9 @@
 // Tree attention for Hopper with the packed rows on wgmma's 64-row side: S = Q K^T, O += P V.
 //
-// For many rows. Two warpgroups have 64 rows each; Q and P stay in registers as wgmma's A, so shared memory is read for
-// K and V alone, and a row's maximum lies in 4 lanes. With few rows most of the 64 would be padding: then sm90.cuh's
-// swapped operands are better. While a warpgroup takes the exponentials of a tile, the tensor cores multiply the values
-// of the tile before and what the other warpgroup brings. Line, producer and combine kernel are those of sm90.cuh.
+// For many rows. Two warpgroups have 64 rows each and take 128 positions at a time; P stays in registers as wgmma's A,
+// and a row's maximum lies in 4 lanes. With few rows most of the 64 would be padding: then sm90.cuh's swapped operands
+// are better. While a warpgroup takes the exponentials of a tile, the tensor cores multiply the values of the tile
+// before and what the other warpgroup brings. Line, producer and combine kernel are those of sm90.cuh.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +15,20 @@
 
 namespace specvlm {
 
-constexpr int kRowsPerWarpgroup = 64;
+constexpr int kRowsPerWarpgroup = 64, kRowsTileShift = 7;
 
 template <int D>
 struct RowsLayout {
   static constexpr int kRows = 2 * kRowsPerWarpgroup;
   static constexpr int kHalves = D / 64;
+  static constexpr int kTile = 1 << kRowsTileShift, kWords = kTile / 64;  // of 64 positions
   static constexpr int kTileBytes = kHalves * kTile * 128;
-  static constexpr int kStagesK = D == 128 ? 5 : 8, kStagesV = kStagesK;
+  static constexpr int kStagesK = D == 128 ? 3 : 6, kStagesV = kStagesK;
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kHalves * kRows * 128;
   static constexpr int kV = kK + kStagesK * kTileBytes;
-  static constexpr int kUnion =
-      kV + kStagesV * kTileBytes;  // of the masks: one word per warp, for this tile and the next
-  static constexpr int kRuns = kUnion + 2 * 8 * 8;
+  static constexpr int kUnion = kV + kStagesV * kTileBytes;  // of the masks: words per warp, for this tile and the next
+  static constexpr int kRuns = kUnion + 2 * 8 * kWords * 8;
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
   static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
   static constexpr int bytes(int batch) { return kPrefix + 2 * (batch + 1 + 2) * 4 + 1024; }  // as AttentionLayout's
@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
                                const RowTiles rows_of, int page_shift) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma and setmaxnreg are there on sm_90a alone
   using L = RowsLayout<D>;
+  constexpr int kTile = L::kTile, kWords = L::kWords, kScores = kTile / 2;
   extern __shared__ char raw_shared[];
   char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
   if (threadIdx.x >= 2 * kWarpgroup) {
@@ -61,13 +62,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
   const float scale = p.scale * 1.4426950408889634f;                   // scores in log2; never 0
   const float hidden = copysignf(__int_as_float(0x7f800000), -scale);  // times scale: -inf
-  auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 8;
+  auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 8 * kWords;
   const std::uint32_t k_operand = swizzled_operand(shared_address(shared + L::kK));
   const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV));
   const int warp_row = group_of_warps * kRowsPerWarpgroup + warp * 16;  // this thread's rows: + lane / 4, and 8 further
-  // where this lane's row of ldmatrix begins: the 16-byte chunks of a row are swizzled
-  const std::uint32_t q_lane =
-      shared_address(shared + L::kQ) + (warp_row + lane % 16) * 128 + ((lane / 16) ^ (lane % 8)) * 16;
+  const std::uint32_t q_operand =
+      swizzled_operand(shared_address(shared + L::kQ) + group_of_warps * kRowsPerWarpgroup * 128);
 
   // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
   const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
@@ -86,20 +86,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     const int unmasked =
         __shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0);
 
-    std::uint32_t q[D / 16][4];
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step)
-      load_matrices(q[step], (q_lane + step / 4 * (L::kRows * 128)) ^ (step % 4 * 32));
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(empty_q);
-
-    float scores[32];
+    float scores[kScores];
     float acc[L::kHalves][32];            // the first tile's product overwrites them
     std::uint32_t shares[kTile / 16][4];  // exp2 of the scores in 16 bits
     float reference[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
     bool fresh[2] = {true, true};  // rows that have seen nothing yet
 #pragma unroll
-    for (int i = 0; i < 32; ++i) asm volatile("" : "=f"(scores[i]));
+    for (int i = 0; i < kScores; ++i) asm volatile("" : "=f"(scores[i]));
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h)
 #pragma unroll
@@ -131,14 +124,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
       take_turn();
       wgmma_keep(scores);
-      wgmma_keep(q);
       keep_operands();
       wgmma_fence();
       const std::uint32_t k_tile = k_operand + k_stage * (L::kTileBytes / 16);
 #pragma unroll
       for (int step = 0; step < D / 16; ++step)
-        WgmmaRegisters<T, 64, 0>::run(
-            scores, q[step], swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16), step != 0);
+        Wgmma<T, kTile, 0, 0>::run(
+            scores, swizzled_descriptor(q_operand + (step / 4 * (L::kRows * 128) + step % 4 * 32) / 16),
+            swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16), step != 0);
       wgmma_commit();
       multiply_values(t > begin + 1);
       wgmma_commit();
@@ -147,43 +140,57 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
       wgmma_wait<1>();
       wgmma_keep(scores);
-      wgmma_keep(q);
-      if (lane == 0) ptx::mbarrier_arrive(empty_k + k_stage);
+      if (lane == 0) {
+        ptx::mbarrier_arrive(empty_k + k_stage);
+        if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
+      }
       if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
 
       const bool masked = (t + 1) * kTile > unmasked;
-      std::uint64_t seen_by_any = ~0ull;
+      std::uint64_t seen_by_any[kWords];
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) seen_by_any[word] = ~0ull;
       if (masked) {
         const int request = run->request, first_node = run->row_tile * rows_of.nodes;
         const int context = run->context, live = run->live;
-        std::uint64_t any = 0;
+        auto* words = union_shared + t % 2 * 4 * kWords;
 #pragma unroll 1
-        for (int n = thread; n < rows_of.rows; n += kWarpgroup)
-          any |= visible_bits(p, request, first_node + n / rows_of.group, context, live, t * kTile);
-        const std::uint64_t low = __reduce_or_sync(~0u, static_cast<unsigned>(any));
-        const std::uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(any >> 32));
-        auto* words = union_shared + t % 2 * 4;
-        if (lane == 0) words[warp] = high << 32 | low;
+        for (int word = 0; word < kWords; ++word) {
+          std::uint64_t any = 0;
+#pragma unroll 1
+          for (int n = thread; n < rows_of.rows; n += kWarpgroup)
+            any |= visible_bits(p, request, first_node + n / rows_of.group, context, live, t * kTile + word * 64);
+          const std::uint64_t low = __reduce_or_sync(~0u, static_cast<unsigned>(any));
+          const std::uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(any >> 32));
+          if (lane == 0) words[word * 4 + warp] = high << 32 | low;
+        }
         named_barrier(barrier, kWarpgroup);
-        seen_by_any = (words[0] | words[1]) | (words[2] | words[3]);
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          const std::uint64_t* of_warps = words + word * 4;
+          seen_by_any[word] = (of_warps[0] | of_warps[1]) | (of_warps[2] | of_warps[3]);
+        }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_row + lane / 4 + 8 * r;
-          std::uint64_t bits = 0;
-          if (row < rows_of.rows)
-            bits = visible_bits(p, request, first_node + row / rows_of.group, context, live, t * kTile);
-          bits >>= lane % 4 * 2;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {  // positions 8 * i + lane % 4 * 2 and the next
-            const std::uint32_t two = static_cast<std::uint32_t>(bits >> (8 * i));
-            if (!(two & 1u)) scores[4 * i + 2 * r] = hidden;
-            if (!(two & 2u)) scores[4 * i + 2 * r + 1] = hidden;
+          for (int word = 0; word < kWords; ++word) {
+            std::uint64_t bits = 0;
+            if (row < rows_of.rows)
+              bits = visible_bits(p, request, first_node + row / rows_of.group, context, live, t * kTile + word * 64);
+            bits >>= lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {  // positions 8 * i + lane % 4 * 2 and the next
+              const std::uint32_t two = static_cast<std::uint32_t>(bits >> (8 * i));
+              if (!(two & 1u)) scores[word * 32 + 4 * i + 2 * r] = hidden;
+              if (!(two & 2u)) scores[word * 32 + 4 * i + 2 * r + 1] = hidden;
+            }
           }
         }
       }
       float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
+      for (int i = 0; i < kScores; ++i) {
         scores[i] = fmaf(scores[i], scale, -reference[i / 2 % 2]);
         worst[i % 4] = fmaxf(worst[i % 4], scores[i]);
       }
@@ -196,7 +203,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int r = 0; r < 2; ++r) {
           float top = scores[2 * r];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) top = fmaxf(top, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+          for (int i = 0; i < kScores / 4; ++i)
+            top = fmaxf(top, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
           const bool nothing = top == __int_as_float(0xff800000);
@@ -206,28 +214,32 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           reference[r] += move;
           sum[r] *= decay[r];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) scores[4 * i + 2 * r] -= move, scores[4 * i + 2 * r + 1] -= move;
+          for (int i = 0; i < kScores / 4; ++i) scores[4 * i + 2 * r] -= move, scores[4 * i + 2 * r + 1] -= move;
         }
       }
       const bool v_ready = phase_done(full_v + v_stage, v_phase);  // asked early: the answer takes 60 cycles
 #pragma unroll
-      for (int i = 0; i < 32; ++i) scores[i] = exp2_fast(scores[i]);
+      for (int i = 0; i < kScores; ++i) scores[i] = exp2_fast(scores[i]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float part[4];
+        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          part[i] = (scores[8 * i + 2 * r] + scores[8 * i + 2 * r + 1]) +
-                    (scores[8 * i + 4 + 2 * r] + scores[8 * i + 5 + 2 * r]);
+        for (int i = 0; i < kScores / 8; ++i)
+          part[i % 4] += (scores[8 * i + 2 * r] + scores[8 * i + 2 * r + 1]) +
+                         (scores[8 * i + 4 + 2 * r] + scores[8 * i + 5 + 2 * r]);
         sum[r] += (part[0] + part[1]) + (part[2] + part[3]);
       }
 
       if (!v_ready) wait_for_phase(full_v + v_stage, v_phase);
-      if (masked && ~seen_by_any != 0) {  // a position that no row sees may hold NaN, and 0 * NaN would spread
+      bool unseen = false;  // by any row
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) unseen |= ~seen_by_any[word] != 0;
+      if (masked && unseen) {  // a position that no row sees may hold NaN, and 0 * NaN would spread
         char* v_tile = shared + L::kV + v_stage * L::kTileBytes;
 #pragma unroll 1
         for (int i = thread; i < L::kHalves * kTile * 8; i += kWarpgroup)
-          if (!(seen_by_any >> (i / 8 % kTile) & 1)) reinterpret_cast<uint4*>(v_tile)[i] = make_uint4(0, 0, 0, 0);
+          if (!((kWords == 1 || i / 8 % kTile < 64 ? seen_by_any[0] : seen_by_any[kWords - 1]) >> (i / 8 % 64) & 1))
+            reinterpret_cast<uint4*>(v_tile)[i] = make_uint4(0, 0, 0, 0);
         ptx::fence_proxy_async(ptx::space_shared);
         named_barrier(barrier, kWarpgroup);
       }

@@ -14,7 +14,6 @@ from ..backend import (
     Tier,
     extension,
     logits_type,
-    multiprocessors,
     not_for_cuda_logits,
     not_for_triton,
     on_device,
@@ -100,13 +99,13 @@ def _cuda_missing(logits: Tensor, k: int, *_: object) -> str | None:
 
 
 @functools.cache
-def _plan(rows: int, vocab: int, k: int, aligned: bool, index: int | None) -> Any:
-    return extension()[0].draft_topk_plan(rows, vocab, k, aligned, multiprocessors(index))
+def _plan(rows: int, vocab: int, k: int, aligned: bool) -> Any:
+    return extension()[0].draft_topk_plan(rows, vocab, k, aligned)
 
 
 def _cuda(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> None:
     rows, vocab = logits.shape
-    plan = _plan(rows, vocab, k, rows_aligned(logits), logits.device.index)
+    plan = _plan(rows, vocab, k, rows_aligned(logits))
     workspace = torch.empty(plan.workspace_entries, dtype=torch.int64, device=logits.device)
     with on_device(logits.device.index):
         extension()[0].draft_topk(

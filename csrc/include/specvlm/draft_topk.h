@@ -27,15 +27,14 @@ struct DraftTopkParams {
   LogitsType dtype;
 };
 
-// How rows are cut: `parts` CTAs per row, each with `per_thread` logits in every thread's registers.
+// How rows are cut.
 struct DraftTopkPlan {
-  int per_thread;
-  int parts;
+  int parts;                      // CTAs per row
   std::size_t workspace_entries;  // of 8 bytes
 };
 
 // aligned: the first logit and the row stride are multiples of 16 bytes.
-DraftTopkPlan draft_topk_plan(int rows, int vocab, int k, bool aligned, int multiprocessors);
+DraftTopkPlan draft_topk_plan(int rows, int vocab, int k, bool aligned);
 
 // Fills params.arrivals. Asynchronous on stream; throws std::invalid_argument or std::runtime_error.
 void draft_topk(DraftTopkParams params, const DraftTopkPlan& plan, cudaStream_t stream);
