@@ -46,8 +46,14 @@ else
     echo "== build: skipped, nvcc was not found: Triton and torch only"
 fi
 
+# Side by side where pytest-xdist is there: what takes the time is compiling and the references, not the kernels.
 # pyproject.toml has one -q already; a second would hide the counts. conftest.py adds the reasons of skipped tests
-step tests 150 "$python" -m pytest tests -m gpu --tb=short --durations=5
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+    cores=$(nproc)
+    workers=(-n "$((cores < 14 ? cores : 14))")
+fi
+step tests 180 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
 
 if command -v compute-sanitizer >/dev/null; then
     # API errors are left out: PyTorch asks for things that some drivers refuse, and copes

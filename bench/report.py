@@ -167,12 +167,53 @@ def print_comparison(a: Record, b: Record, console: Console) -> None:
 
 
 def markdown(record: Record) -> str:
-    """The README's table: every row that is not a point of a curve."""
-    header, failed = record["header"], failed_ops(record)
+    """A record's table for the README."""
+    of_e2e = bool(record["results"]) and "round_ms" in record["results"][0]
+    return _markdown_e2e(record) if of_e2e else _markdown_ops(record)
+
+
+def _source(header: Row) -> str:
+    return (
+        f"{header['gpu']}, torch {header['torch']}, CUDA {header['cuda']}, commit {header['commit']}, {header['date']}."
+    )
+
+
+def _markdown_e2e(record: Record) -> str:
+    """Decoding at full model size: milliseconds, and the round's speed-up at 4 tokens a round."""
     lines = [
-        f"{header['gpu']}, torch {header['torch']}, CUDA {header['cuda']}, commit {header['commit']}, "
-        f"{header['date']}. Median over CUDA-graph replays with a cold L2, in microseconds; % of limit: against the "
-        "larger of bytes over measured read bandwidth and flops over the measured bf16 matrix product.",
+        f"{_source(record['header'])} Random weights, acceptance simulated; in milliseconds. stock: a token of "
+        "transformers' eager decoding, by the clock and its kernels alone; floor: weights and KV once at the measured "
+        "read bandwidth.",
+        "",
+        "| pair | video tokens | stock (kernels) | plain token (floor) | verification, 26 nodes | draft, 5 passes "
+        "(floor) | round | at 4 tokens a round: x stock (kernels), x plain |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in record["results"]:
+        if "failed" in row:
+            continue
+        phases, floors, ms = row["phases_ms"], row["floors_ms"], row["round_ms"]
+        stock, kernels, plain = row["stock_ms"], row["stock_kernels_ms"], row["plain_ms"]
+        cells = [
+            f"{row['target']} + {row['draft']}, {row['passes']}",
+            f"{row['video']:,}",
+            f"{stock:.1f} ({kernels:.1f})",
+            f"{plain:.2f} ({floors['plain']:.2f})",
+            f"{phases['verify']:.2f}",
+            f"{phases['draft']:.2f} ({floors['round'] - floors['plain']:.2f})",
+            f"{ms:.2f}",
+            f"{4 * stock / ms:.2f} ({4 * kernels / ms:.2f}), {4 * plain / ms:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _markdown_ops(record: Record) -> str:
+    """Every row that is not a point of a curve."""
+    failed = failed_ops(record)
+    lines = [
+        f"{_source(record['header'])} Median over CUDA-graph replays with a cold L2, in microseconds; % of limit: against "
+        "the larger of bytes over measured read bandwidth and flops over the measured bf16 matrix product.",
         "",
         "| op | shape | backend | us | % of limit | fastest peer | fastest that does part of the work |",
         "|---|---|---|--:|--:|---|---|",

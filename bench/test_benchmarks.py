@@ -198,6 +198,24 @@ def test_ahead_of_time_work_is_bounded_and_quiet(tmp_path: Path) -> None:
         task(*arguments)
 
 
+def test_a_record_of_decoding_has_a_table_of_its_own() -> None:
+    row = {
+        "target": "big",
+        "draft": "small",
+        "passes": "fused",
+        "video": 16_384,
+        "stock_ms": 40.0,
+        "stock_kernels_ms": 30.0,
+        "plain_ms": 20.0,
+        "round_ms": 32.0,
+        "phases_ms": {"verify": 21.0, "draft": 10.5},
+        "floors_ms": {"plain": 16.0, "draft pass": 1.5, "round": 23.5},
+    }
+    table = report.markdown({"header": _record()["header"], "results": [row, row | {"failed": "out of memory"}]})
+    assert table.count("big + small, fused") == 1
+    assert "| 40.0 (30.0) | 20.00 (16.00) | 21.00 | 10.50 (7.50) | 32.00 | 5.00 (3.75), 2.50 |" in table
+
+
 def test_readme_table_is_replaced_between_its_markers(tmp_path: Any) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
