@@ -6,6 +6,7 @@
     python -m bench --compare A.json B.json            two records side by side
     python -m bench --readme README.md RECORD.json     the README's table, from a record
     python -m bench --overhead                         the CPU time of one eager call of each op
+    python -m bench --small-steps                      a round's small steps in one CUDA graph
     python -m bench --list                             the cases; needs no GPU
     python -m bench --quick --cpu-smoke                the plumbing, on the CPU
     python -m bench e2e [--help]                       the decoding loop at full model size
@@ -21,7 +22,7 @@ import sys
 import torch
 from rich.console import Console
 
-from . import OPS, ahead, overhead, plot, report
+from . import OPS, ahead, overhead, plot, report, small_steps
 from .runner import Options, Runner, cases_of
 
 
@@ -47,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--readme", nargs="+", metavar=("README.md", "RECORD.json"), help="rewrite the README's tables, one a record"
     )
     parser.add_argument("--overhead", action="store_true", help="CPU time of eager calls instead of GPU time")
+    parser.add_argument("--small-steps", action="store_true", help="a round's small steps in one CUDA graph")
     parser.add_argument("--list", action="store_true", help="list the cases")
     parser.add_argument("--cpu-smoke", action="store_true", help="tiny cases in the torch backend, without a GPU")
     options = parser.parse_args(arguments)
@@ -107,9 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         if args.cpu_smoke:
             torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
-        if args.overhead:
-            record = overhead.measure(options)
-            overhead.print_record(record, console)
+        if args.overhead or args.small_steps:
+            kind = overhead if args.overhead else small_steps
+            record = kind.measure(options)
+            kind.print_record(record, console)
             if args.json:
                 report.save(record, args.json)
             return 0

@@ -63,6 +63,9 @@ else
     echo "== memcheck: skipped, compute-sanitizer was not found"
 fi
 
+step small-steps 20 "$python" -m bench --small-steps --json "$out/small_steps.json"
+step overhead 20 "$python" -m bench --overhead --json "$out/overhead.json"
+
 # What is left is the benchmark's: about 200 s, of which it compiles for a third at most (see bench/ahead.py). It
 # starts no case in the last 30 s.
 time_left=$(left)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,24 +15,25 @@ from rich.table import Table
 import specvlm_kernels as sk
 
 from . import environment
-from .cases import Call, Case
+from .cases import Thunk
 from .runner import Options, cases_of
 
 MUST_US = 15
 CALLS = 10  # between two waits: at most 20 launches a call, far below the 1,024 after which a launch blocks
 BATCHES = 40
+YARDSTICK = "x.add_(1), 16 numbers: how fast this host is"
 
 
-def cpu_us(case: Case, call: Call, backend: str | None, device: torch.device) -> tuple[float, float]:
+def cpu_us(thunk: Thunk, restore: Callable[[], None], device: torch.device) -> tuple[float, float]:
     """(mean, fastest batch) in microseconds of one call of several hundred."""
     batches = BATCHES if device.type == "cuda" else 2
     per_call = []
     for batch in range(batches + 2):
-        call.restore()
+        restore()
         _wait(device)
         began = time.perf_counter()
         for _ in range(CALLS):
-            case.run(call, backend)
+            thunk()
         ended = time.perf_counter()
         if batch >= 2:
             per_call.append((ended - began) / CALLS * 1e6)
@@ -43,16 +46,25 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _nothing() -> None:
+    """For a call that moves nothing on."""
+
+
 def measure(options: Options) -> dict[str, Any]:
-    """A record with one entry per op and backend, None being the call's own choice; for each op's first shape."""
-    entries = []
+    """A record with one entry per op and backend, None being the call's own choice; for each op's first shape.
+
+    The first entry is a yardstick for the host: one small op of torch's own.
+    """
+    x = torch.zeros(16, device=options.device)
+    mean, fastest = cpu_us(lambda: x.add_(1), _nothing, options.device)
+    entries = [{"op": "torch", "label": YARDSTICK, "backend": "torch", "mean_us": mean, "fastest_us": fastest}]
     for op in options.ops:
         case = cases_of(op, options)[0]
         call = case.inputs(options.device, 0)
         named = ("torch",) if options.device.type == "cpu" else ("cuda", "triton")
         for backend in (options.backend,) if options.backend else (None, *named):
             try:
-                mean, fastest = cpu_us(case, call, backend, options.device)
+                mean, fastest = cpu_us(partial(case.run, call, backend), call.restore, options.device)
             except sk.BackendUnavailableError:
                 continue
             entries.append({"op": op, "label": case.label, "backend": backend, "mean_us": mean, "fastest_us": fastest})

@@ -212,8 +212,8 @@ def _markdown_ops(record: Record) -> str:
     """Every row that is not a point of a curve."""
     failed = failed_ops(record)
     lines = [
-        f"{_source(record['header'])} Median over CUDA-graph replays with a cold L2, in microseconds; % of limit: against "
-        "the larger of bytes over measured read bandwidth and flops over the measured bf16 matrix product.",
+        f"{_source(record['header'])} Median over CUDA-graph replays with a cold L2, in microseconds; % of limit: "
+        "against the larger of bytes over measured read bandwidth and flops over the measured bf16 matrix product.",
         "",
         "| op | shape | backend | us | % of limit | fastest peer | fastest that does part of the work |",
         "|---|---|---|--:|--:|---|---|",

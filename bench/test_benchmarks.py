@@ -240,9 +240,17 @@ def test_overhead_names_every_op(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = tmp_path / "overhead.json"
     assert main(["--overhead", "--cpu-smoke", "--json", str(out)]) == 0
     entries = json.loads(out.read_text())["overhead"]
-    assert [entry["op"] for entry in entries] == list(OPS)
+    assert [entry["op"] for entry in entries] == ["torch", *OPS]
     assert all(0 < entry["fastest_us"] <= entry["mean_us"] for entry in entries)
     assert "must: 15 us" in capsys.readouterr().out
+
+
+def test_small_steps_are_one_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "steps.json"
+    assert main(["--small-steps", "--cpu-smoke", "--json", str(out)]) == 0
+    row = json.loads(out.read_text())["small_steps"]
+    assert [row["label"].count(op) for op in ("draft_topk", "verify_greedy", "compact_kv")] == [5, 1, 2]
+    assert row["us"] > 0 and "must 60" in capsys.readouterr().out
 
 
 def test_curves_are_drawn(tmp_path: Any) -> None:
