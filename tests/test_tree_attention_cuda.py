@@ -153,6 +153,19 @@ def test_an_output_of_odd_strides(cuda_kernel):
     assert torch.equal(out, want) and bool((wide[..., 0] == 7).all()) and bool((wide[..., 65:] == 7).all())
 
 
+@pytest.mark.parametrize("nodes", [4, 90])
+def test_causal_lengths_that_reach_past_the_capacity(nodes, cuda_kernel):
+    """The capacity ends inside a tile: what lies between it and the tile's end is seen by nobody."""
+    q, k, v, lens, _ = problem(2, nodes, 1000, 40, 8, 128, [1000, 990])
+    check(sk.tree_attention(q, k, v, lens, return_lse=True, backend="cuda"), q, k, v, lens, None)
+
+
+def test_eight_hundred_requests(cuda_kernel):
+    """More than fit beside the largest tiles in shared memory."""
+    q, k, v, lens, words = problem(800, 26, 72, 8, 1, 128, [i % 46 for i in range(800)])
+    check(sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda"), q, k, v, lens, words)
+
+
 def test_the_architecture_chooses_the_kernel(monkeypatch):
     """On Hopper its own kernel takes what it can, and SPECVLM_CUDA_ARCH=80 gives everything to the other."""
     module, _ = backend.extension()

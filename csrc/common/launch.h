@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <mutex>
 
 #include "common/check.h"
 
@@ -17,6 +18,9 @@ void prepare_kernel(int dynamic_shared) {
   static std::atomic<int> allowed[kDevices];  // 1 + bytes
   int device;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < kDevices && allowed[device].load(std::memory_order_relaxed) > dynamic_shared) return;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   if (device < kDevices && allowed[device].load(std::memory_order_relaxed) > dynamic_shared) return;
   check_cuda(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_shared),
              "shared memory");

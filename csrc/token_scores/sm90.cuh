@@ -245,6 +245,9 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
       std::uint32_t phase = (ring + turn) / plan.stages & 1;
       const int seen_tiles = max(context + 1 - origin, 0) / kSpanTile;  // every query sees all of the tiles before
       auto load_keys = [&] {
+        // The tile before in this stage may be another warpgroup's: until that one is done with it, full's parity could
+        // still speak of it.
+        wait_for_phase(empty + stage, phase ^ 1);
         wait_for_phase(full + stage, phase);
 #pragma unroll
         for (int step = 0; step < D / 16; ++step)

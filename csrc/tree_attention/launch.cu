@@ -57,6 +57,20 @@ TreeAttentionPlan with_row_tiles(TreeAttentionKernel kernel, int nodes, int grou
   return plan;
 }
 
+template <int D, int INDEX = 0>
+int swapped_bytes(int columns, int batch) {
+  if constexpr (INDEX + 1 < static_cast<int>(std::size(kColumns)))
+    if (columns > 2 * kColumns[INDEX]) return swapped_bytes<D, INDEX + 1>(columns, batch);
+  return AttentionLayout<D, kColumns[INDEX]>::bytes(batch);
+}
+
+// Shared memory of a CTA.
+int shared_bytes(const TreeAttentionPlan& plan, int head_dim, int batch) {
+  if (plan.kernel == TreeAttentionKernel::kSm90Rows)
+    return head_dim == 64 ? RowsLayout<64>::bytes(batch) : RowsLayout<128>::bytes(batch);
+  return head_dim == 64 ? swapped_bytes<64>(plan.columns, batch) : swapped_bytes<128>(plan.columns, batch);
+}
+
 int rounds(const TreeAttentionPlan& plan) { return (plan.row_tiles + plan.side - 1) / plan.side; }
 
 // Cycles that a plan takes for the tiles of one row tile; fitted to traces and times on an H100.
@@ -84,14 +98,17 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
   for (const auto& [kernel, most] :
        {std::pair{TreeAttentionKernel::kSm90, kMostColumns}, std::pair{TreeAttentionKernel::kSm90Rows, kRowsColumns}}) {
     if (group > most) continue;
-    if (kernel == TreeAttentionKernel::kSm90Rows && RowsLayout<128>::bytes(batch) > kMostShared) continue;
     const int fewest = (nodes + most / group - 1) / (most / group);
     for (int count = fewest; count <= std::min(std::max(fewest, kMostSide), nodes); ++count) {
       const TreeAttentionPlan other = with_row_tiles(kernel, nodes, group, count);
+      if (shared_bytes(other, head_dim, batch) > kMostShared) continue;
       const double cost = cycles(other, tiles, multiprocessors);
       if (cost < least) least = cost, plan = other;
     }
   }
+  if (plan.row_tiles == 0)  // the lengths of so many requests do not fit beside the tiles
+    return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
+                     shared_memory);
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
   const std::int64_t units = items * ((capacity >> plan.tile_shift) + 1 + plan.run_cost);
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");

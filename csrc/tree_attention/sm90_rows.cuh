@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     if (begin == end) break;
     // positions below this are seen by every live row
     const int unmasked =
-        __shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0);
+        min(__shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0),
+            p.capacity);
 
     float scores[kScores];
     float acc[L::kHalves][32];            // the first tile's product overwrites them
