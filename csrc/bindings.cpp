@@ -124,8 +124,6 @@ void bind_token_scores(py::module_& m) {
   py::class_<specvlm::TokenScoresPlan>(m, "TokenScoresPlan")
       .def_readonly("kernel", &specvlm::TokenScoresPlan::kernel)
       .def_readonly("columns", &specvlm::TokenScoresPlan::columns)
-      .def_readonly("warpgroups", &specvlm::TokenScoresPlan::warpgroups)
-      .def_readonly("polynomial", &specvlm::TokenScoresPlan::polynomial)
       .def_readonly("row_tiles", &specvlm::TokenScoresPlan::row_tiles)
       .def_readonly("tile_queries", &specvlm::TokenScoresPlan::tile_queries)
       .def_readonly("chunks", &specvlm::TokenScoresPlan::chunks)

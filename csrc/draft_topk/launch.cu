@@ -6,7 +6,7 @@ namespace specvlm {
 namespace {
 
 // Logits per thread, a whole number of 16-byte vectors. With 8 and four times the CTAs, few rows took 11.4 us on an
-// H100 instead of 6.5: there is more for the last CTA to merge.
+// H100 instead of 6.6: there is more for the last CTA to merge.
 constexpr int kPerThread = 32;
 
 template <typename T>

@@ -34,12 +34,13 @@ int round_up(int a, int unit) { return divide_up(a, unit) * unit; }
 
 // How wgmma covers `rows` packed rows: the least time, counting 12 columns for what a block costs besides; three
 // warpgroups do it in 9/10 of the time (measured on an H100).
-ScoreShape choose_shape(int rows) {
+int choose_columns(int rows) {
   const auto cost = [&](const ScoreShape& shape) {
     return divide_up(rows, shape.columns) * (shape.columns + 12) * (shape.warpgroups == 3 ? 9 : 10);
   };
-  return *std::min_element(std::begin(kScoreShapes), std::end(kScoreShapes),
-                           [&](const ScoreShape& a, const ScoreShape& b) { return cost(a) < cost(b); });
+  return std::min_element(std::begin(kScoreShapes), std::end(kScoreShapes),
+                          [&](const ScoreShape& a, const ScoreShape& b) { return cost(a) < cost(b); })
+      ->columns;
 }
 
 // Cuts tile_queries into boxes of chunk_queries. Swizzled boxes begin at multiples of 8 rows, so chunks are multiples
@@ -61,14 +62,11 @@ bool plan_sm90(TokenScoresPlan& plan, int batch, int queries, int group, int hea
   const int unit = 8 / std::gcd(group, 8), most = kMaxRows / group / unit * unit;
   if (group > kMaxBox || most == 0) return false;
   plan.kernel = TokenScoresKernel::kSm90;
-  plan.polynomial = score_polynomial(head_dim);
   plan.row_tiles = divide_up(queries, most);
   plan.tile_queries = plan.row_tiles == 1 ? queries : round_up(divide_up(queries, plan.row_tiles), unit);
   for (;; plan.tile_queries += unit) {
     if (plan.tile_queries > most) return false;
-    const ScoreShape shape = choose_shape(plan.tile_queries * group);
-    plan.columns = shape.columns;
-    plan.warpgroups = shape.warpgroups;
+    plan.columns = choose_columns(plan.tile_queries * group);
     if (choose_chunks(plan, group, unit)) break;
   }
   plan.row_tiles = divide_up(queries, plan.tile_queries);

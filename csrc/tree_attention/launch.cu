@@ -33,7 +33,6 @@ TreeAttentionKernel kernel_for(int group, int page_size, int architecture) {
   return architecture >= 90 && tma && group <= kMostColumns ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
 }
 
-constexpr int kRunCost = 5;              // traced on an H100: 4 to 6
 constexpr int kMostShared = 227 * 1024;  // of a CTA
 constexpr int kRowsColumns = 2 * kRowsPerWarpgroup;
 
@@ -45,15 +44,13 @@ TreeAttentionPlan with_row_tiles(TreeAttentionKernel kernel, int nodes, int grou
   plan.row_tile = per_tile * group;
   plan.row_tiles = (nodes + per_tile - 1) / per_tile;
   plan.columns = kRowsColumns;
-  plan.tile_shift = kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : kTileShift;
-  plan.run_cost = kRunCost >> (plan.tile_shift - kTileShift);
   if (kernel == TreeAttentionKernel::kSm90)
     for (const int columns : kColumns) {
       plan.columns = 2 * columns;
       if (plan.columns >= plan.row_tile) break;
     }
-  plan.side = (plan.row_tiles + kMostSide - 1) / kMostSide;  // rounds
-  plan.side = (plan.row_tiles + plan.side - 1) / plan.side;
+  const int fewest_rounds = (plan.row_tiles + kMostSide - 1) / kMostSide;
+  plan.side = (plan.row_tiles + fewest_rounds - 1) / fewest_rounds;
   return plan;
 }
 
@@ -110,7 +107,8 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
-  const std::int64_t units = items * ((capacity >> plan.tile_shift) + 1 + plan.run_cost);
+  const int tile_shift = plan.kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : kTileShift;
+  const std::int64_t units = items * ((capacity >> tile_shift) + 1 + run_cost(tile_shift));
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   const std::int64_t teams = std::min<std::int64_t>(std::min(multiprocessors, kMaxParts) / plan.side, units);
   plan.ctas = plan.side * static_cast<int>(std::max<std::int64_t>(1, teams));

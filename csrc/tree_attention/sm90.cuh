@@ -20,7 +20,7 @@ template <int D, int COLS>
 struct AttentionLayout {
   static constexpr int kRows = 2 * COLS;  // columns of the CTA: its packed rows and what pads them
   static constexpr int kHalves = D / 64;  // 128-byte wide parts of a row
-  static constexpr int kTile = specvlm::kTile;
+  static constexpr int kTileShift = specvlm::kTileShift, kTile = 1 << kTileShift;
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kStagesK = D == 128 ? 4 : 6, kStagesV = D == 128 ? (COLS > 80 ? 3 : 4) : 6;
   static constexpr int kPBytes = COLS * 128;  // P of a warpgroup; two of them, so that one is read while one is written
@@ -122,11 +122,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     return all;
   };
 
-  // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
-  const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
-  auto take_turn = [&] { named_barrier(my_turn, 2 * kWarpgroup); };
-  auto pass_turn = [&] { named_barrier_arrive(other_turn, 2 * kWarpgroup); };
-  if (group_of_warps == 1) pass_turn();
+  const Turns turns{group_of_warps};
+  if (group_of_warps == 1) turns.pass();
 
   int k_stage = 0, v_stage = 0;
   std::uint32_t k_phase = 0, v_phase = 0, q_phase = 0;
@@ -135,10 +132,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     q_phase ^= 1;
     const int begin = __shfl_sync(~0u, run->begin, 0), end = __shfl_sync(~0u, run->end, 0);
     if (begin == end) break;
-    // positions below this are seen by every live row
-    const int unmasked =
-        min(__shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0),
-            p.capacity);
+    const int unmasked = __shfl_sync(~0u, ItemLine(p, rows_of).unmasked(run->context, run->row_tile), 0);
 
     float scores[COLS / 2];
     float acc[L::kHalves][COLS / 2];  // the first tile's product overwrites them
@@ -173,7 +167,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll 1
     for (int t = begin; t < end; ++t) {
       if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
-      take_turn();
+      turns.take();
       wgmma_keep(scores);
 #pragma unroll
       for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
@@ -187,7 +181,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       wgmma_commit();
       multiply_values(t - 1);
       wgmma_commit();
-      pass_turn();
+      turns.pass();
       const int v_before = v_stage;
       if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
       wgmma_wait<1>();
@@ -299,13 +293,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       ptx::fence_proxy_async(ptx::space_shared);
       named_barrier(barrier, kWarpgroup);
     }
-    take_turn();
+    turns.take();
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
     wgmma_fence();
     multiply_values(end - 1);
     wgmma_commit();
-    pass_turn();
+    turns.pass();
     wgmma_wait<0>();
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);

@@ -28,7 +28,8 @@ inline CUtensorMap cache_map(const char* name, const void* base, const TreeAtten
 template <typename T, int D, class L, bool ROWS, auto KERNEL>
 void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // 0 * -inf would be NaN
-  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile, plan.run_cost, plan.tile_shift, plan.side};
+  RowTiles rows_of{plan.row_tiles, 0,        p.q_heads / p.kv_heads, plan.row_tile, run_cost(L::kTileShift),
+                   L::kTileShift,  plan.side};
   rows_of.nodes = rows_of.rows / rows_of.group;
   const CUtensorMap q_map = half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, D,
                                             {{p.q_heads, p.q_strides.head, rows_of.group},
@@ -36,7 +37,7 @@ void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& 
                                              {p.batch, p.q_strides.batch, 1}});
   const CUtensorMap k_map = cache_map("k", p.k, p.k_strides, p, L::kTile),
                     v_map = cache_map("v", p.v, p.v_strides, p, L::kTile);
-  int page_shift = plan.tile_shift;
+  int page_shift = L::kTileShift;
   if (p.page_table != nullptr)
     for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
   const int shared = L::bytes(p.batch);

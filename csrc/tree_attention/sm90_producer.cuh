@@ -38,6 +38,15 @@ struct TileSource {
   }
 };
 
+// The warpgroups of consumers take turns at the tensor cores, so that one multiplies while the other takes
+// exponentials: named barriers 3 and 4. The second one passes the first turn.
+struct Turns {
+  int warpgroup;
+
+  __device__ __forceinline__ void take() const { named_barrier(3 + warpgroup, 2 * kWarpgroup); }
+  __device__ __forceinline__ void pass() const { named_barrier_arrive(4 - warpgroup, 2 * kWarpgroup); }
+};
+
 // Read anew where it is needed: kept in a register, or what follows from it, it would cost a spill.
 __device__ __forceinline__ int thread_again() {
   int index;

@@ -21,7 +21,7 @@ template <int D>
 struct RowsLayout {
   static constexpr int kRows = 2 * kRowsPerWarpgroup;
   static constexpr int kHalves = D / 64;
-  static constexpr int kTile = 1 << kRowsTileShift, kWords = kTile / 64;  // of 64 positions
+  static constexpr int kTileShift = kRowsTileShift, kTile = 1 << kTileShift, kWords = kTile / 64;  // of 64 positions
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kStagesK = D == 128 ? 3 : 6, kStagesV = kStagesK;
   static constexpr int kQ = 0;
@@ -69,11 +69,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const std::uint32_t q_operand =
       swizzled_operand(shared_address(shared + L::kQ) + group_of_warps * kRowsPerWarpgroup * 128);
 
-  // The warpgroups take turns at the tensor cores, so that one multiplies while the other takes exponentials.
-  const int my_turn = 3 + group_of_warps, other_turn = 4 - group_of_warps;
-  auto take_turn = [&] { named_barrier(my_turn, 2 * kWarpgroup); };
-  auto pass_turn = [&] { named_barrier_arrive(other_turn, 2 * kWarpgroup); };
-  if (group_of_warps == 1) pass_turn();
+  const Turns turns{group_of_warps};
+  if (group_of_warps == 1) turns.pass();
 
   int k_stage = 0, v_stage = 0;
   std::uint32_t k_phase = 0, v_phase = 0, q_phase = 0;
@@ -82,10 +79,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     q_phase ^= 1;
     const int begin = __shfl_sync(~0u, run->begin, 0), end = __shfl_sync(~0u, run->end, 0);
     if (begin == end) break;
-    // positions below this are seen by every live row
-    const int unmasked =
-        min(__shfl_sync(~0u, run->context + (p.tree_mask == nullptr ? run->row_tile * rows_of.nodes + 1 : 0), 0),
-            p.capacity);
+    const int unmasked = __shfl_sync(~0u, ItemLine(p, rows_of).unmasked(run->context, run->row_tile), 0);
 
     float scores[kScores];
     float acc[L::kHalves][32];            // the first tile's product overwrites them
@@ -123,7 +117,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll 1
     for (int t = begin; t < end; ++t) {
       if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
-      take_turn();
+      turns.take();
       wgmma_keep(scores);
       keep_operands();
       wgmma_fence();
@@ -136,7 +130,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       wgmma_commit();
       multiply_values(t > begin + 1);
       wgmma_commit();
-      pass_turn();
+      turns.pass();
       const int v_before = v_stage;
       if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
       wgmma_wait<1>();
@@ -259,12 +253,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int i = 0; i < 4; ++i) shares[step][i] = pack<T>(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
       k_ready = t + 1 == end || phase_done(full_k + k_stage, k_phase);
     }
-    take_turn();
+    turns.take();
     keep_operands();
     wgmma_fence();
     multiply_values(end > begin + 1);
     wgmma_commit();
-    pass_turn();
+    turns.pass();
     wgmma_wait<0>();
     keep_operands();
     if (lane == 0) ptx::mbarrier_arrive(empty_v + v_stage);

@@ -42,8 +42,6 @@ enum class TokenScoresKernel { kSm80, kSm90 };
 struct TokenScoresPlan {
   TokenScoresKernel kernel;
   int columns;                // packed rows of one matrix product: wgmma's N, or a block of Q
-  int warpgroups;             // that multiply, each with a tile of its own
-  int polynomial;             // of 8 exponentials, how many the FMA units compute
   int row_tiles;              // per KV head
   int tile_queries;           // queries of a row tile
   int chunks, chunk_queries;  // boxes in which TMA loads a row tile

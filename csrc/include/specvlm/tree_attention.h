@@ -42,13 +42,11 @@ enum class TreeAttentionKernel { kSm80, kSm90, kSm90Rows };  // rows: for many, 
 // of the group).
 struct TreeAttentionPlan {
   TreeAttentionKernel kernel;
-  int row_tile;    // packed rows per CTA
-  int row_tiles;   // per KV head
-  int columns;     // row_tile rounded up to what the kernel was built for
-  int group;       // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
-  int side;        // kSm90, kSm90Rows: row tiles that as many CTAs take side by side, over the same tiles
-  int tile_shift;  // kSm90, kSm90Rows: log2 of the cache positions per tile
-  int run_cost;    // kSm90, kSm90Rows: what an item costs a CTA besides its tiles, in tiles
+  int row_tile;   // packed rows per CTA
+  int row_tiles;  // per KV head
+  int columns;    // row_tile rounded up to what the kernel was built for
+  int group;      // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
+  int side;       // kSm90, kSm90Rows: row tiles that as many CTAs take side by side, over the same tiles
   int ctas;
   std::size_t workspace_floats;
 };
