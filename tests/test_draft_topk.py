@@ -100,14 +100,18 @@ def test_hard_rows_of_real_sizes(vocab, k, pad, dtype, backend):
 
 
 @backends("draft_topk")
-def test_leading_dims_and_slices_of_the_vocabulary(backend, device):
-    logits = randn(2, 3, 250, device=device)
-    part = logits[..., :199]
+@pytest.mark.parametrize("wide,vocab", [(250, 199), (256, 200)])
+def test_leading_dims_and_slices_of_the_vocabulary(wide, vocab, backend, device):
+    part = randn(2, 3, wide, device=device)[..., :vocab]
     log_probs, ids = sk.draft_topk(part, 5, backend=backend)
     assert ids.shape == log_probs.shape == (2, 3, 5)
     want = sk.draft_topk(part.contiguous(), 5, backend=backend)
-    # rows that start elsewhere may be cut into vectors elsewhere: the normaliser's sum may round differently
-    assert torch.equal(ids, want[1]) and torch.allclose(log_probs, want[0], rtol=1e-6, atol=0)
+    assert torch.equal(ids, want[1])
+    if backend == "cuda" and vocab == 199:
+        # its vectors lie at multiples of 16 bytes wherever a row starts: the normaliser's sum may round differently
+        assert torch.allclose(log_probs, want[0], rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(log_probs, want[0])
 
 
 @backends("draft_topk")
