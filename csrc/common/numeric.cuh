@@ -21,6 +21,19 @@ __device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
   return reinterpret_cast<const std::uint32_t&>(pair);
 }
 
+// The two values of 32 bits, as pack made them.
+template <typename T>
+__device__ __forceinline__ float2 unpack(std::uint32_t both);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t both) {
+  return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(std::uint32_t both) {
+  const __half2 halves = reinterpret_cast<const __half2&>(both);
+  return __half22float2(halves);
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -11,9 +11,10 @@ namespace specvlm {
 
 constexpr float kNothing = -3.0e38f;  // reference of a column that has seen nothing; -inf would make differences NaN
 
-// A part as the threads of a warpgroup hold it: for every eight rows (an octet) and 64 dims one float4 a thread; then
-// the rows' references (log2) and sums. A CTA leaves at most two parts: the rest of an item that others began, and the
-// begin of one that others end.
+// A part as the threads of a warpgroup hold it: for every eight rows (an octet) and 64 dims four values a thread, each
+// divided by its row's sum and in 16 bits, half the volume of what has to be written and read again; then the rows'
+// references (log2) and sums. A CTA leaves at most two parts: the rest of an item that others began, and the begin of
+// one that others end.
 template <int D>
 struct Part {
   float* workspace;
@@ -21,14 +22,17 @@ struct Part {
   int cta;
   bool begins;
 
-  static constexpr int kOctet = D / 64 * 128;  // float4s
+  static constexpr int kOctet = D / 64 * 128;  // uint2s
+  static constexpr int kFloatsPerRow = D / 2 + 2;
   __host__ __device__ static std::int64_t floats(int ctas, int columns) {
-    return std::int64_t{2} * ctas * columns * (D + 2);
+    return std::int64_t{2} * ctas * columns * kFloatsPerRow;
   }
 
-  __device__ float* base() const { return workspace + floats(1, columns) * cta + (begins ? columns * (D + 2) : 0); }
-  __device__ float4* octet(int index) const { return reinterpret_cast<float4*>(base()) + index * kOctet; }
-  __device__ float* references() const { return base() + columns * D; }
+  __device__ float* base() const {
+    return workspace + floats(1, columns) * cta + (begins ? columns * kFloatsPerRow : 0);
+  }
+  __device__ uint2* octet(int index) const { return reinterpret_cast<uint2*>(base()) + index * kOctet; }
+  __device__ float* references() const { return base() + columns * (D / 2); }
   __device__ float* sums() const { return references() + columns; }
 };
 
@@ -81,23 +85,23 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   if (parts == 1 || rows <= 0) return;  // written by its only CTA
 
   const int thread = threadIdx.x % 64, group = threadIdx.x / 64;
-  // float4s (and, times four, floats) from the first CTA's place to part i: it lies in the CTA's second slot if i is 0
-  const int stride = 2 * columns * (D + 2) / 4;
-  const auto* base = reinterpret_cast<const float4*>(Part<D>{p.workspace, columns, first, false}.base());
+  // uint2s (and, times two, floats) from the first CTA's place to part i: it lies in the CTA's second slot if i is 0
+  const int stride = columns * Part<D>::kFloatsPerRow;
+  const auto* base = reinterpret_cast<const uint2*>(Part<D>{p.workspace, columns, first, false}.base());
   auto offset_of = [&](int i) { return i == 0 ? stride / 2 : i * stride * rows_of.side; };
   const int share = (parts + GROUPS - 1) / GROUPS, stop = min(parts, (group + 1) * share);
   int at = group * share;
-  float4 loaded[kLoadsInFlight];
+  uint2 loaded[kLoadsInFlight];
   auto load = [&] {
 #pragma unroll
     for (int i = 0; i < kLoadsInFlight; ++i)
-      loaded[i] = at + i < stop ? base[offset_of(at + i) + octet * Part<D>::kOctet + slice * 64 + thread]
-                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      loaded[i] =
+          at + i < stop ? base[offset_of(at + i) + octet * Part<D>::kOctet + slice * 64 + thread] : make_uint2(0, 0);
   };
 #pragma unroll 1
   for (int i = threadIdx.x / 8; i < parts; i += kThreads / 8) {  // eight rows of a part lie side by side
     const int n = threadIdx.x % 8;
-    const float* of_part = reinterpret_cast<const float*>(base + offset_of(i)) + columns * D + octet * 8 + n;
+    const float* of_part = reinterpret_cast<const float*>(base + offset_of(i)) + columns * (D / 2) + octet * 8 + n;
     references[i][n] = of_part[0];
     sums[i][n] = of_part[columns];
   }
@@ -112,9 +116,9 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
 #pragma unroll 1
     for (int i = lane; i < parts; i += 32) {
-      const float weight = exp2_fast(references[i][n] - top);
+      const float weight = sums[i][n] * exp2_fast(references[i][n] - top);
       references[i][n] = weight;
-      sum = fmaf(sums[i][n], weight, sum);
+      sum += weight;
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -130,10 +134,11 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
     for (int i = 0; i < kLoadsInFlight; ++i) {
       const float a = at + i < stop ? weights[at + i][row_a] : 0.0f;
       const float b = at + i < stop ? weights[at + i][row_b] : 0.0f;
-      value.x = fmaf(loaded[i].x, a, value.x);
-      value.y = fmaf(loaded[i].y, b, value.y);
-      value.z = fmaf(loaded[i].z, a, value.z);
-      value.w = fmaf(loaded[i].w, b, value.w);
+      const float2 low = unpack<T>(loaded[i].x), high = unpack<T>(loaded[i].y);
+      value.x = fmaf(low.x, a, value.x);
+      value.y = fmaf(low.y, b, value.y);
+      value.z = fmaf(high.x, a, value.z);
+      value.w = fmaf(high.y, b, value.w);
     }
     at += kLoadsInFlight;
     if (at >= stop) break;

@@ -316,14 +316,18 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (owner) {
         part.references()[group_of_warps * COLS + column] = column_reference[column];
         part.sums()[group_of_warps * COLS + column] = column_sum;
+        column_shared[column].x = column_sum > 0.0f ? 1.0f / column_sum : 0.0f;
       }
-      float4* target = part.octet(group_of_warps * (COLS / 8)) + thread;
+      named_barrier(barrier, kWarpgroup);
+      uint2* target = part.octet(group_of_warps * (COLS / 8)) + thread;
 #pragma unroll
-      for (int h = 0; h < L::kHalves; ++h)
+      for (int i = 0; i < COLS / 8; ++i) {
+        const float a = column_shared[i * 8 + lane % 4 * 2].x, b = column_shared[i * 8 + lane % 4 * 2 + 1].x;
 #pragma unroll
-        for (int i = 0; i < COLS / 8; ++i)
-          target[(i * L::kHalves + h) * kWarpgroup] =
-              make_float4(acc[h][4 * i], acc[h][4 * i + 1], acc[h][4 * i + 2], acc[h][4 * i + 3]);
+        for (int h = 0; h < L::kHalves; ++h)
+          target[(i * L::kHalves + h) * kWarpgroup] = make_uint2(pack<T>(acc[h][4 * i] * a, acc[h][4 * i + 1] * b),
+                                                                 pack<T>(acc[h][4 * i + 2] * a, acc[h][4 * i + 3] * b));
+      }
       continue;
     }
 

@@ -278,13 +278,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           part.references()[row] = fresh[r] ? kNothing : reference[r];
           part.sums()[row] = sum[r];
         }
-        float4* target = part.octet(warp_row / 8 + r) + lane;
+        const float inverse = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+        uint2* target = part.octet(warp_row / 8 + r) + lane;
 #pragma unroll
         for (int h = 0; h < L::kHalves; ++h)
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            target[h * kWarpgroup + j * 32] = make_float4(acc[h][8 * j + 2 * r], acc[h][8 * j + 2 * r + 1],
-                                                          acc[h][8 * j + 4 + 2 * r], acc[h][8 * j + 5 + 2 * r]);
+            target[h * kWarpgroup + j * 32] =
+                make_uint2(pack<T>(acc[h][8 * j + 2 * r] * inverse, acc[h][8 * j + 2 * r + 1] * inverse),
+                           pack<T>(acc[h][8 * j + 4 + 2 * r] * inverse, acc[h][8 * j + 5 + 2 * r] * inverse));
       }
       continue;
     }
