@@ -53,7 +53,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
     workers=(-n "$((cores < 14 ? cores : 14))")
 fi
-step tests 180 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
+step tests 240 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
 
 if command -v compute-sanitizer >/dev/null; then
     # API errors are left out: PyTorch asks for things that some drivers refuse, and copes

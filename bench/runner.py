@@ -94,14 +94,25 @@ class Runner:
             print(f"compiled for {self.record['compiled_s']} s", file=sys.stderr, flush=True)
         rows = [(case, self._new_row(case)) for op in self.options.ops for case in cases_of(op, self.options)]
         self.record["results"] = [row for _, row in rows]
+        rows.sort(key=lambda pair: pair[0].sweep != "")
         try:
-            for case, row in sorted(rows, key=lambda pair: pair[0].sweep != ""):
+            for case, row in rows:
                 if time.perf_counter() - began > self.options.max_seconds:
                     row["detail"] = f"the {self.options.max_seconds:.0f} s for the whole run were over"
                     continue
                 self._run_case(case, row)
         except DeviceLostError as error:
             self.record["aborted"] = str(error)
+            rows = []
+        # What torch.compile makes of a peer can bring the GPU down with it (an index out of bounds is a device-side
+        # assert): last, when there is nothing else to lose.
+        with contextlib.suppress(DeviceLostError):
+            for case, row in rows:
+                if row["status"] == "ok" and any(peer.compiled for peer in peers_of(case, self.options)):
+                    if time.perf_counter() - began > self.options.max_seconds:
+                        break
+                    free_memory()
+                    self._time_peers(case, row, self._sets(case), compiled=True)
         self.record["wall_s"] = round(time.perf_counter() - began, 1)
         return self.record
 
@@ -133,8 +144,11 @@ class Runner:
         free_memory()
         calls: list[Call] = []
         self._guard(row, lambda: self._time_op(case, row, calls))
-        if row["status"] != "wrong" and calls and self.options.peers:
-            self._time_peers(case, row, calls)
+        if row["status"] != "wrong" and calls:
+            self._time_peers(case, row, calls, compiled=False)
+
+    def _sets(self, case: Case) -> list[Call]:
+        return make_sets(case, self.chip) if self.chip else [case.inputs(self.options.device, 0)]
 
     def _guard(self, row: Row, action: Callable[[], None]) -> None:
         """Runs an action; an exception goes into the row by its first line."""
@@ -159,7 +173,7 @@ class Runner:
     def _time_op(self, case: Case, row: Row, calls: list[Call]) -> None:
         """Fills calls, for the peers to share."""
         device = self.options.device
-        calls += make_sets(case, self.chip) if self.chip else [case.inputs(device, 0)]
+        calls += self._sets(case)
         backend = row["backend"] = self.options.backend or _best_backend(case, calls[0])
         small = case.small().bare()
         key = (small, backend)
@@ -177,8 +191,10 @@ class Runner:
             return asdict(Replay(case, calls, thunks, self.chip).measure(seconds))
         return asdict(time_on_cpu(calls[0], thunks[0]))
 
-    def _time_peers(self, case: Case, row: Row, calls: list[Call]) -> None:
+    def _time_peers(self, case: Case, row: Row, calls: list[Call], compiled: bool) -> None:
         for peer in peers_of(case, self.options):
+            if peer.compiled != compiled:
+                continue
             missing = peer.missing()
             if missing:
                 self.record["missing_peers"][peer.name] = missing

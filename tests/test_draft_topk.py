@@ -107,8 +107,9 @@ def test_leading_dims_and_slices_of_the_vocabulary(wide, vocab, backend, device)
     assert ids.shape == log_probs.shape == (2, 3, 5)
     want = sk.draft_topk(part.contiguous(), 5, backend=backend)
     assert torch.equal(ids, want[1])
-    if backend == "cuda" and vocab == 199:
-        # its vectors lie at multiples of 16 bytes wherever a row starts: the normaliser's sum may round differently
+    if (backend, vocab) == ("cuda", 199) or (backend, device) == ("triton", "cuda"):
+        # The normaliser's sum may round differently: CUDA's vectors lie at multiples of 16 bytes wherever a row starts,
+        # and Triton compiles a kernel of its own, with other lanes, for strides that 16 divides.
         assert torch.allclose(log_probs, want[0], rtol=1e-6, atol=0)
     else:
         assert torch.equal(log_probs, want[0])
