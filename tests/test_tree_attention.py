@@ -134,7 +134,7 @@ def test_rows_that_see_nothing(backend, device):
 
 
 @backends("tree_attention")
-@pytest.mark.parametrize("page_size", [1, 2, 16, 64, 256])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 16, 64, 256])
 def test_paged_equals_contiguous(page_size, backend, device):
     shape = (2, 26, 256, 8, 2, 64, [64, 5])
     q, k, v, lens, masks = problem(shape, working_dtype(backend), device)
@@ -182,12 +182,13 @@ def test_hostile_lengths_stay_inside(backend, device):
 
 
 @backends("tree_attention")
-def test_hostile_page_tables_stay_inside(backend, device):
+@pytest.mark.parametrize("page_size", [1, 4, 32])
+def test_hostile_page_tables_stay_inside(page_size, backend, device):
     q = randn(3, 5, 4, 64, device=device, dtype=working_dtype(backend))
     words = words_of(torch.ones(3, 5, 5, dtype=torch.bool).tril()).to(device)
     hostile = torch.tensor([-1, 40, 2**31 - 1], dtype=torch.int32, device=device)
-    table = torch.tensor([[-1, 2**31 - 1]] * 3, dtype=torch.int32, device=device)
-    pages = randn(4, 32, 2, 64, device=device, dtype=q.dtype)
+    table = torch.tensor([[-1, 2**31 - 1] * 4] * 3, dtype=torch.int32, device=device)
+    pages = randn(4, page_size, 2, 64, device=device, dtype=q.dtype)
     got = sk.tree_attention(q, pages, pages, hostile, words, page_table=table, backend=backend)
     assert bool(torch.isfinite(got).all())
 

@@ -36,16 +36,29 @@ def check(got, q, k, v, lens, words, **kwargs):
     assert float((got[1].double() - exact_lse)[finite].abs().max()) < 1e-3
 
 
+def chosen(b, n, s, hq, hkv, d, page_size=0):
+    """The name of the kernel that takes such a call."""
+    module, _ = backend.extension()
+    device = (backend.architecture(0), backend.multiprocessors(0), backend.shared_memory(0))
+    return module.tree_attention_plan(b, n, hq, hkv, d, s, page_size, *device).kernel.name
+
+
 # every size of a CTA's row tile, groups that do not divide it, and one that does not fit it
 HEADS = [(1, 1), (5, 1), (8, 1), (7, 1), (28, 4), (40, 8), (64, 8), (150, 1), (131, 1)]
 
 
+@pytest.mark.parametrize("page_size", [0, 2])
 @pytest.mark.parametrize("nodes", [1, 4, 13, 26])
 @pytest.mark.parametrize("hq,hkv", HEADS)
 @pytest.mark.parametrize("d", [64, 128])
-def test_every_number_of_rows(d, hq, hkv, nodes, cuda_kernel):
+def test_every_number_of_rows(d, hq, hkv, nodes, page_size, cuda_kernel):
     q, k, v, lens, words = problem(2, nodes, 700, hq, hkv, d, [650, 3])
-    check(sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda"), q, k, v, lens, words)
+    caches, table = (k, v), None
+    if page_size:
+        (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+        caches = (k_pages, v_pages)
+    got = sk.tree_attention(q, *caches, lens, words, page_table=table, return_lse=True, backend="cuda")
+    check(got, q, k, v, lens, words)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -71,7 +84,59 @@ def test_pages_at_every_length(layout, page_size, cuda_kernel):
     check(got, q, k, v, lens, words)
 
 
-@pytest.mark.parametrize("page_size", [0, 16])
+# kernel, nodes, Hq, Hkv, D for 15 requests of 1,024 tokens; few, many and the most columns, one row tile and several
+SHAPES = [
+    ("SM90", 4, 40, 8, 128),
+    ("SM90", 26, 40, 8, 64),
+    ("SM90", 26, 64, 8, 128),
+    ("SM90_ROWS", 30, 32, 8, 128),
+    ("SM90_ROWS", 90, 8, 2, 64),
+]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+@pytest.mark.parametrize("kernel,n,hq,hkv,d", SHAPES)
+def test_small_pages_in_both_kernels(kernel, n, hq, hkv, d, page_size, cuda_kernel):
+    """Right, and bitwise what the same tokens give in a contiguous cache."""
+    b, s = 15, 1024
+    if backend.architecture(0) >= 90:
+        assert chosen(b, n, s, hq, hkv, d, page_size) == kernel
+    lens = [0, 1, 2, 3, 63, 64, 65, 127, 128, 129, 256 - n, 255, 513 - n, s - n - 1, s - n]
+    q, k, v, lens, words = problem(b, n, s, hq, hkv, d, lens)
+    tree_lens = torch.tensor([n - r % 3 for r in range(b)], dtype=torch.int32, device=DEVICE)
+    (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+    kwargs = dict(tree_lens=tree_lens, return_lse=True, backend="cuda")
+    for mask in (words, None):
+        got = sk.tree_attention(q, k_pages, v_pages, lens, mask, page_table=table, **kwargs)
+        check(got, q, k, v, lens, mask, tree_lens=tree_lens)
+        for one, other in zip(got, sk.tree_attention(q, k, v, lens, mask, **kwargs)):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+@pytest.mark.parametrize("n", [26, 90])
+def test_hostile_entries_of_small_pages(n, page_size, cuda_kernel):
+    """Entries outside of the pool mean its first or last page, and those past max_pages are not looked at."""
+    b, s = 3, 1000
+    q, k, v, lens, words = problem(b, n, s, 40, 8, 128, [s - n, 700, 63])
+    (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+    k_pages, v_pages = k_pages.nan_to_num(), v_pages.nan_to_num()
+    far = torch.iinfo(torch.int32)
+    wide = torch.full((b, table.shape[1] + 70), far.max, dtype=torch.int32, device=DEVICE)
+    hostile = wide[:, : table.shape[1]]
+    hostile.copy_(table)
+    for i, entry in enumerate([-1, far.min, len(k_pages), far.max]):
+        hostile[:, i::11] = entry
+    lens[2] = far.max
+    got = sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=hostile, return_lse=True, backend="cuda")
+    tame = hostile.clamp(0, len(k_pages) - 1).contiguous()
+    want = sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=tame, return_lse=True, backend="cuda")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    k, v = (pages[tame.long()].flatten(1, 2) for pages in (k_pages, v_pages))
+    check(got, q, k, v, lens, words)
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 4, 16])
 def test_sixty_four_uneven_requests(page_size, cuda_kernel):
     """Some CTAs get many requests, some requests many CTAs; trees of 0 nodes are no part of the work."""
     lens = [3000, 0, 1, 2000] + [7 * i for i in range(60)]
@@ -104,10 +169,11 @@ def test_one_logit_far_from_all_others(position, sign, cuda_kernel):
 
 
 @gpu_backends("tree_attention")
-@pytest.mark.parametrize("page_size", [0, 1])
-def test_a_thousand_reruns_beside_other_work(page_size, backend):
+@pytest.mark.parametrize("nodes", [26, 48])
+@pytest.mark.parametrize("page_size", [0, 1, 4])
+def test_a_thousand_reruns_beside_other_work(page_size, nodes, backend):
     """Bitwise the same while another stream keeps the GPU busy; a missing barrier shows here."""
-    q, k, v, lens, words = problem(3, 26, 4096, 40, 8, 128, [4000, 100, 2500])
+    q, k, v, lens, words = problem(3, nodes, 4096, 40, 8, 128, [4000, 100, 2500])
     table = None
     if page_size:
         (k, table), (v, _) = paged(k, page_size), paged(v, page_size)
@@ -126,16 +192,18 @@ def test_a_thousand_reruns_beside_other_work(page_size, backend):
             assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
 
 
-def test_graph_replays_with_other_lengths_and_pages(cuda_kernel):
-    q, k, v, lens, words = problem(3, 26, 512, 8, 2, 128, [400, 0, 37])
+@pytest.mark.parametrize("page_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("nodes", [26, 48])
+def test_graph_replays_with_other_lengths_and_pages(nodes, page_size, cuda_kernel):
+    q, k, v, lens, words = problem(3, nodes, 4096, 40, 8, 128, [400, 0, 37])
     k, v = k.nan_to_num(), v.nan_to_num()
-    (k_pages, table), (v_pages, _) = paged(k, 4), paged(v, 4)
+    (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, backend="cuda")
     with torch.cuda.graph(graph):
         out = sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, backend="cuda")
-    for new in ([486, 486, 486], [0, 1, 63], [5, 300, 0]):
+    for new in ([486, 486, 486], [0, 1, 63], [5, 300, 0], [4000, 2, 1999]):
         lens.copy_(torch.tensor(new, dtype=torch.int32))
         table.copy_(table.flip(0))
         graph.replay()
@@ -175,7 +243,10 @@ def test_the_architecture_chooses_the_kernel(monkeypatch):
     rest = (backend.multiprocessors(0), backend.shared_memory(0))
     plan = module.tree_attention_plan(*shape, 0, own, *rest)
     assert plan.kernel == (kinds.SM90 if own == 90 else kinds.SM80)
-    assert module.tree_attention_plan(*shape, 1, own, *rest).kernel == kinds.SM80
+    for page_size in (1, 2, 4, 8):
+        assert module.tree_attention_plan(*shape, page_size, own, *rest).kernel == plan.kernel
+    with pytest.raises(ValueError, match="page_size: expected a power of two, got 3"):
+        module.tree_attention_plan(*shape, 3, own, *rest)
     monkeypatch.setattr(_env, "CUDA_ARCH", 80)
     assert backend.architecture(0) == 80
     assert module.tree_attention_plan(*shape, 0, 80, *rest).kernel == kinds.SM80

@@ -28,9 +28,8 @@ extern template void tree_attention_sm90<__half, 128>(const TreeAttentionParams&
 namespace {
 
 // The one place where a kernel is chosen.
-TreeAttentionKernel kernel_for(int group, int page_size, int architecture) {
-  const bool tma = page_size == 0 || page_size >= 8;  // 8: a swizzled box has at least 8 rows
-  return architecture >= 90 && tma && group <= kMostColumns ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
+TreeAttentionKernel kernel_for(int group, int architecture) {
+  return architecture >= 90 && group <= kMostColumns ? TreeAttentionKernel::kSm90 : TreeAttentionKernel::kSm80;
 }
 
 constexpr int kMostShared = 227 * 1024;  // of a CTA
@@ -85,8 +84,10 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
                                       int shared_memory) {
   check_argument(capacity <= std::numeric_limits<int>::max() - nodes - 2 * kTile, "k, v: capacity of ", capacity,
                  " tokens does not fit 32 bits");
+  check_argument(page_size >= 0 && (page_size & (page_size - 1)) == 0, "page_size: expected a power of two, got ",
+                 page_size);
   const int group = q_heads / kv_heads;
-  if (kernel_for(group, page_size, architecture) == TreeAttentionKernel::kSm80)
+  if (kernel_for(group, architecture) == TreeAttentionKernel::kSm80)
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);
   const std::int64_t tiles = static_cast<std::int64_t>(batch) * kv_heads * ((capacity + kTile - 1) / kTile);

@@ -24,8 +24,9 @@ inline CUtensorMap cache_map(const char* name, const void* base, const TreeAtten
                           {paged ? p.pages : p.batch, strides.batch, 1}});
 }
 
-// L: the kernel's layout of shared memory. ROWS: how it leaves its parts, see parts.cuh.
-template <typename T, int D, class L, bool ROWS, auto KERNEL>
+// L: the kernels' layout of shared memory. ROWS: how they leave their parts, see parts.cuh. COPYING: the kernel for
+// pages that are too small for TMA.
+template <typename T, int D, class L, bool ROWS, auto KERNEL, auto COPYING>
 void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // 0 * -inf would be NaN
   RowTiles rows_of{plan.row_tiles, 0,        p.q_heads / p.kv_heads, plan.row_tile, run_cost(L::kTileShift),
@@ -35,15 +36,17 @@ void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& 
                                             {{p.q_heads, p.q_strides.head, rows_of.group},
                                              {p.nodes, p.q_strides.token, rows_of.nodes},
                                              {p.batch, p.q_strides.batch, 1}});
-  const CUtensorMap k_map = cache_map("k", p.k, p.k_strides, p, L::kTile),
-                    v_map = cache_map("v", p.v, p.v_strides, p, L::kTile);
+  const bool copied = p.page_table != nullptr && p.page_size < 1 << kBoxShift;
+  // copies look at neither
+  const CUtensorMap k_map = copied ? q_map : cache_map("k", p.k, p.k_strides, p, L::kTile),
+                    v_map = copied ? q_map : cache_map("v", p.v, p.v_strides, p, L::kTile);
   int page_shift = L::kTileShift;
   if (p.page_table != nullptr)
     for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
   const int shared = L::bytes(p.batch);
-  prepare_kernel<KERNEL>(shared);
-  launch_overlapped(KERNEL, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p, q_map, k_map, v_map, rows_of,
-                    page_shift);
+  copied ? prepare_kernel<COPYING>(shared) : prepare_kernel<KERNEL>(shared);
+  launch_overlapped(copied ? COPYING : KERNEL, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p, q_map,
+                    k_map, v_map, rows_of, page_shift);
   launch_combine_parts<T, D, ROWS>(p, plan, rows_of, stream);
 }
 
@@ -53,8 +56,8 @@ void dispatch_columns(const TreeAttentionParams& p, const TreeAttentionPlan& pla
     throw std::invalid_argument("plan: made by tree_attention_plan?");
   } else if (2 * kColumns[INDEX] == plan.columns) {
     constexpr int kCols = kColumns[INDEX];
-    launch_tree_attention_sm90<T, D, AttentionLayout<D, kCols>, false, tree_attention_kernel<T, D, kCols>>(p, plan,
-                                                                                                           stream);
+    launch_tree_attention_sm90<T, D, AttentionLayout<D, kCols>, false, tree_attention_kernel<T, D, kCols, false>,
+                               tree_attention_kernel<T, D, kCols, true>>(p, plan, stream);
   } else {
     dispatch_columns<T, D, INDEX + 1>(p, plan, stream);
   }
@@ -63,7 +66,8 @@ void dispatch_columns(const TreeAttentionParams& p, const TreeAttentionPlan& pla
 template <typename T, int D>
 void tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   if (plan.kernel == TreeAttentionKernel::kSm90Rows)
-    launch_tree_attention_sm90<T, D, RowsLayout<D>, true, tree_attention_rows_kernel<T, D>>(p, plan, stream);
+    launch_tree_attention_sm90<T, D, RowsLayout<D>, true, tree_attention_rows_kernel<T, D, false>,
+                               tree_attention_rows_kernel<T, D, true>>(p, plan, stream);
   else
     dispatch_columns<T, D>(p, plan, stream);
 }

@@ -5,14 +5,9 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
-#include "tree_attention/sm90_line.cuh"
+#include "tree_attention/sm90_ring.cuh"
 
 namespace specvlm {
-
-constexpr int kWarpgroup = 128;
-constexpr int kAttentionThreads = 3 * kWarpgroup;  // two warpgroups of consumers, and one whose first warp produces
-constexpr int kReady = 5;                          // named barrier: the mbarriers are initialized
-constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
 
 // The tiles of a cache as boxes that TMA can fetch: whole, or page by page, one lane a page.
 template <int TILE>
@@ -38,56 +33,6 @@ struct TileSource {
   }
 };
 
-// The warpgroups of consumers take turns at the tensor cores, so that one multiplies while the other takes
-// exponentials: named barriers 3 and 4. The second one passes the first turn.
-struct Turns {
-  int warpgroup;
-
-  __device__ __forceinline__ void take() const { named_barrier(3 + warpgroup, 2 * kWarpgroup); }
-  __device__ __forceinline__ void pass() const { named_barrier_arrive(4 - warpgroup, 2 * kWarpgroup); }
-};
-
-// Read anew where it is needed: kept in a register, or what follows from it, it would cost a spill.
-__device__ __forceinline__ int thread_again() {
-  int index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
-}
-
-// The kernels' mbarriers in shared memory, and the runs that the producer hands to the consumers.
-template <class L>
-struct AttentionRing {
-  std::uint64_t *full_k, *empty_k, *full_v, *empty_v, *full_q, *empty_q;
-  volatile ItemRun* runs;  // one, the next, and one whose end is not out; begin == end: no more
-
-  __device__ explicit AttentionRing(char* shared) {
-    full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
-    empty_k = full_k + L::kStagesK, full_v = empty_k + L::kStagesK, empty_v = full_v + L::kStagesV;
-    full_q = empty_v + L::kStagesV, empty_q = full_q + 1;
-    runs = reinterpret_cast<volatile ItemRun*>(shared + L::kRuns);
-  }
-};
-
-// A rehearsal, by a warp of its own while the kernel before may still run: it brings the lengths, Q and the first tiles
-// of the CTA's first run into the L2. The lengths may be old ones then, and so may be the tiles: the L2 stays coherent.
-template <class L>
-__device__ __forceinline__ void bring_near(const TeamLine& line, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                                           const CUtensorMap& v_map, int* prefix) {
-  constexpr int kTiles = 2;
-  const RowTiles& rows_of = line.rows_of;
-  const int lane = threadIdx.x % 32, team = blockIdx.x / rows_of.side;
-  const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
-  const int unit = cut.start(team), limit = cut.start(team + 1);
-  if (unit >= limit) return;
-  const ItemRun s = line.run(prefix, unit, limit, blockIdx.x % rows_of.side);
-  if (s.begin >= s.end) return;
-  if (lane < L::kHalves) prefetch_box(&q_map, lane * 64, s.head * rows_of.group, s.row_tile * rows_of.nodes, s.request);
-  const int t = s.begin + lane / L::kHalves;
-  if (line.p.page_table != nullptr || lane / L::kHalves >= kTiles || t >= s.end) return;
-  prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * L::kTile, s.request);
-  prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * L::kTile, s.request);
-}
-
 // Threads from 2 * kWarpgroup on. L says where everything lies in shared memory. 24 registers a thread.
 template <class L>
 __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUtensorMap& q_map,
@@ -108,19 +53,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
     prefetch_map(&k_map);
     prefetch_map(&q_map);
     prefetch_map(&v_map);
-#pragma unroll
-    for (int i = 0; i < L::kStagesK; ++i) {
-      ptx::mbarrier_init(full_k + i, 1);
-      ptx::mbarrier_init(empty_k + i, 8);  // every consumer warp says that it is done with a stage
-    }
-#pragma unroll
-    for (int i = 0; i < L::kStagesV; ++i) {
-      ptx::mbarrier_init(full_v + i, 1);
-      ptx::mbarrier_init(empty_v + i, 8);
-    }
-    ptx::mbarrier_init(full_q, 1);
-    ptx::mbarrier_init(empty_q, 8);
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    init_ring(ring);
   }
   __syncwarp();
   named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
@@ -145,16 +78,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
       const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
       unit += s.units;
       if (s.begin >= s.end) continue;
-      if (lane == 0) {
-        run->request = s.request;
-        run->head = s.head;
-        run->row_tile = s.row_tile;
-        run->begin = s.begin;
-        run->end = s.end;
-        run->item_tiles = s.item_tiles;
-        run->context = s.context;
-        run->live = s.live;
-      }
+      if (lane == 0) hand_over(run, s);
       __syncwarp();
     }
     int t = run->begin;
@@ -175,14 +99,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
       if (first) {  // behind the first keys: its place is free only when the products of the item before are done
         wait_for_phase(empty_q, q_phase);
         q_phase ^= 1;
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full_q,
-                                         L::kHalves * rows_of.rows * 128);
-#pragma unroll
-          for (int h = 0; h < L::kHalves; ++h)
-            load_box(shared + L::kQ + h * L::kRows * 128, &q_map, h * 64, run->head * rows_of.group,
-                     run->row_tile * rows_of.nodes, run->request, full_q);
-        }
+        if (lane == 0) load_rows<L>(shared, q_map, rows_of, run, full_q);
         __syncwarp();
       }
       wait_for_phase(empty_v + v_stage, v_phase);

@@ -11,6 +11,7 @@
 #include "common/hopper.cuh"
 #include "common/numeric.cuh"
 #include "tree_attention/parts.cuh"
+#include "tree_attention/sm90_pages.cuh"
 #include "tree_attention/sm90_producer.cuh"
 
 namespace specvlm {
@@ -30,27 +31,34 @@ struct RowsLayout {
   static constexpr int kUnion = kV + kStagesV * kTileBytes;  // of the masks: words per warp, for this tile and the next
   static constexpr int kRuns = kUnion + 2 * 8 * kWords * 8;
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
-  static constexpr int kPrefix = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;
+  static constexpr int kLanded = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;  // barriers of sm90_pages.cuh
+  static constexpr int kPrefix = kLanded + (kStagesK + kStagesV) * 8;
   static constexpr int bytes(int batch) { return kPrefix + 2 * (batch + 1 + 2) * 4 + 1024; }  // as AttentionLayout's
 };
 
-template <typename T, int D>
+// COPIED: K and V come from pages that are too small for TMA.
+template <typename T, int D, bool COPIED>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     tree_attention_rows_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ CUtensorMap q_map,
                                const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                                const RowTiles rows_of, int page_shift) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma and setmaxnreg are there on sm_90a alone
   using L = RowsLayout<D>;
+  // copies take more registers, and here there are some to spare
+  constexpr int kProducerRegisters = COPIED ? 72 : 24;
   constexpr int kTile = L::kTile, kWords = L::kWords, kScores = kTile / 2;
   extern __shared__ char raw_shared[];
   char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
   if (threadIdx.x >= 2 * kWarpgroup) {
-    give_registers<24>();  // 384 threads start with 168 each: 240 for two warpgroups leave 24
-    produce<L>(p, q_map, k_map, v_map, rows_of, page_shift, shared);
+    give_registers<kProducerRegisters>();
+    if constexpr (COPIED)
+      produce_by_copies<L>(p, q_map, rows_of, page_shift, shared);
+    else
+      produce<L>(p, q_map, k_map, v_map, rows_of, page_shift, shared);
     return;
   }
 
-  take_registers<240>();
+  take_registers<consumer_registers(kProducerRegisters)>();
   const AttentionRing<L> ring(shared);
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
   named_barrier(kReady, 2 * kWarpgroup + 32);
