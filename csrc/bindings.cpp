@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/dlpack.h"
 #include "specvlm/compact_kv.h"
 #include "specvlm/draft_topk.h"
 #include "specvlm/expand_tree.h"
@@ -91,6 +93,45 @@ struct CompactKvCall {
 // A stacked cache is one address, a list one a layer.
 Address layer_address(const py::args& caches, std::size_t first, std::optional<std::int64_t> stride, int layer) {
   return stride ? caches[first].cast<Address>() + layer * *stride : caches[first + layer].cast<Address>();
+}
+
+// A function like launches.describe of specvlm_kernels, for objects of exactly these types: (tensors, given) ->
+// (layouts as bytes, addresses), or None. exchange_api: what the types offer as __dlpack_c_exchange_api__; None if that
+// is no use.
+py::object describer(const py::object& exchange_api, const py::tuple& types) {
+  using specvlm::dlpack::ExchangeApi;
+  if (!PyCapsule_IsValid(exchange_api.ptr(), specvlm::dlpack::kExchangeApiName)) return py::none();
+  const auto* api =
+      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(exchange_api.ptr(), specvlm::dlpack::kExchangeApiName));
+  if (api->major != specvlm::dlpack::kMajorVersion || api->tensor_from_py_object == nullptr) return py::none();
+  return py::cpp_function([api, types](const py::tuple& tensors, const py::tuple& given) -> py::object {
+    std::vector<std::int64_t> layouts;
+    layouts.reserve(16 * (tensors.size() + given.size()));
+    py::list addresses;
+    for (const py::tuple& part : {tensors, given}) {
+      for (const py::handle x : part) {
+        specvlm::dlpack::Tensor t{};
+        const auto type = std::find_if(types.begin(), types.end(), [x](py::handle type) {
+          return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(x.ptr()));
+        });
+        if (!x.is_none()) {
+          if (type == types.end()) return py::none();
+          if (api->tensor_from_py_object(x.ptr(), &t) != 0) {
+            PyErr_Clear();
+            return py::none();
+          }
+        }
+        const auto address = reinterpret_cast<Address>(t.data) + t.byte_offset;
+        layouts.insert(layouts.end(), {type - types.begin(), t.dims, t.type_code, t.type_bits, t.type_lanes,
+                                       t.device_type, t.device_id, static_cast<std::int64_t>(address % 16)});
+        layouts.insert(layouts.end(), t.shape, t.shape + t.dims);
+        layouts.insert(layouts.end(), t.strides, t.strides + t.dims);
+        addresses.append(address);
+      }
+    }
+    const py::bytes bytes(reinterpret_cast<const char*>(layouts.data()), layouts.size() * sizeof(layouts[0]));
+    return py::make_tuple(bytes, addresses);
+  });
 }
 
 int shared_memory(int device) {
@@ -511,6 +552,7 @@ PYBIND11_MODULE(_C, m) {
       .value("FLOAT16", specvlm::LogitsType::kFloat16)
       .value("FLOAT32", specvlm::LogitsType::kFloat32);
   m.def("shared_memory", &shared_memory, py::arg("device"), "Bytes of shared memory of a multiprocessor.");
+  m.def("describer", &describer, py::arg("exchange_api"), py::arg("types"));
   bind_tree_attention(m);
   bind_token_scores(m);
   bind_select_tokens(m);

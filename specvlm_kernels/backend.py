@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _env
-from .launches import PLAIN_OPTIONS, Arguments, Launch, describe
+from .launches import PLAIN_OPTIONS, PLAIN_TENSORS, Arguments, Launch, Tensors, describe
 
 BACKENDS = ("cuda", "triton", "torch")
 MOST_LAUNCHES = 4096  # kept per op, a few KB each: more than a process has shapes at a time
@@ -49,7 +49,7 @@ class Op:
         if torch.compiler.is_compiling() or not self.launches or _env.CHECK or torch._C._len_torch_dispatch_stack():
             return None
         tensors, options, given = seen
-        described = describe(tensors, given)
+        described = describer()(tensors, given)
         if described is None:
             return None
         try:
@@ -73,7 +73,7 @@ class Op:
         if launch is None or seen is None:
             return
         tensors, options, given = seen
-        described = describe(tensors, given)
+        described = describer()(tensors, given)
         if described is None or not PLAIN_OPTIONS.issuperset(map(type, options)):
             return
         layouts, addresses = described
@@ -141,6 +141,12 @@ def extension() -> tuple[Any, str | None]:
     except ImportError:
         pass
     return None, f"the extension specvlm_kernels._C is not there ({reason})"
+
+
+@functools.cache
+def describer() -> Callable[[Tensors, Tensors], tuple[Hashable, list[int]] | None]:
+    """launches.describe, in C where torch lets C read its tensors (2.10 and newer)."""
+    return extension()[0].describer(getattr(Tensor, "__dlpack_c_exchange_api__", None), PLAIN_TENSORS) or describe
 
 
 @functools.cache

@@ -73,7 +73,10 @@ def launched(function: Callable[..., None], workspace: int, first: Tensor, *othe
 
 
 def describe(tensors: Tensors, given: Tensors) -> tuple[Hashable, list[int]] | None:
-    """The layouts of a call's tensors and their addresses; None if there is more to one of them, or less."""
+    """The layouts of a call's tensors and their addresses; None if there is more to one of them, or less.
+
+    The extension has a faster one (backend.describer), for this takes most of the time of a call: 1 us a tensor.
+    """
     layouts: list[Hashable] = []
     addresses = []
     try:
