@@ -145,7 +145,7 @@ def extension() -> tuple[Any, str | None]:
 
 @functools.cache
 def describer() -> Callable[[Tensors, Tensors], tuple[Hashable, list[int]] | None]:
-    """launches.describe, in C where torch lets C read its tensors (2.10 and newer)."""
+    """launches.describe, in C where torch lets C read its tensors (2.13 does)."""
     return extension()[0].describer(getattr(Tensor, "__dlpack_c_exchange_api__", None), PLAIN_TENSORS) or describe
 
 
