@@ -1,15 +1,15 @@
 """Which tier runs a call: CUDA kernels, Triton kernels or plain torch, and why.
 
 Each op registers its tiers once (specvlm_kernels/ops/<op>.py). A tier says in one sentence what it misses for
-a given call, or None when it can run it; `pick` takes the first that can, or exactly the one that was named.
+a given call, or None when it can run it; `pick` takes the first that can, or exactly the one that was named. What
+has run in the CUDA tier runs there again without being asked, see launches.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from . import _env
+from .launches import PLAIN_OPTIONS, PLAIN_TENSORS, Arguments, Launch, Tensors, describe
 
 BACKENDS = ("cuda", "triton", "torch")
+MOST_LAUNCHES = 4096  # kept per op, a few KB each: more than a process has shapes at a time
 
 
 class BackendUnavailableError(NotImplementedError):
@@ -27,10 +29,10 @@ class BackendUnavailableError(NotImplementedError):
 
 @dataclass
 class Tier:
-    """One backend of one op: missing(*call) -> reason or None, run(*call)."""
+    """One backend of one op: missing(*call) -> reason or None, run(*call, *outputs) -> what can be launched again."""
 
     missing: Callable[..., str | None]
-    run: Callable[..., Any]
+    run: Callable[..., Launch | None]
 
 
 @dataclass
@@ -39,8 +41,51 @@ class Op:
 
     name: str
     tiers: dict[str, Tier] = field(default_factory=dict)
+    launches: dict[Hashable, Launch] = field(default_factory=dict)
 
-    def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Any]:
+    def again(self, seen: Arguments) -> list[Any] | None:
+        """Makes an eager call that is like one before and returns its outputs, those given and those made; or returns
+        None: then it is to be checked, and made by `run`."""
+        if torch.compiler.is_compiling() or not self.launches or _env.CHECK or torch._C._len_torch_dispatch_stack():
+            return None
+        tensors, options, given = seen
+        described = describer()(tensors, given)
+        if described is None:
+            return None
+        try:
+            launch = self.launches.get(_signature(described[0], options))
+        except TypeError:  # an option that cannot be hashed
+            return None
+        return None if launch is None else launch(described[1], given)
+
+    def run(
+        self,
+        call: tuple[Any, ...],
+        outputs: tuple[Tensor | None, ...],
+        backend: str | None,
+        seen: Arguments | None,
+    ) -> None:
+        """Makes a checked call, and keeps its launch for `again`; seen is None if the next one is to be checked too."""
+        if torch.compiler.is_compiling():
+            getattr(torch.ops.specvlm, self.name)(*call, *outputs, backend)
+            return
+        launch = self.pick(backend, device_of(call), call)(*call, *outputs)
+        if launch is None or seen is None:
+            return
+        tensors, options, given = seen
+        described = describer()(tensors, given)
+        if described is None or not PLAIN_OPTIONS.issuperset(map(type, options)):
+            return
+        layouts, addresses = described
+        if addresses != launch.addresses[: len(addresses)]:  # the kernel read or wrote a copy
+            return
+        made = [x for x in outputs[len(given) :] if x is not None]
+        launch.made = tuple((tuple(x.shape), x.stride(), x.dtype) for x in made)
+        if len(self.launches) >= MOST_LAUNCHES:
+            self.launches.clear()
+        self.launches[_signature(layouts, options)] = launch
+
+    def pick(self, backend: str | None, device: torch.device, call: tuple[Any, ...]) -> Callable[..., Launch | None]:
         """The function that runs this call on tensors of this device."""
         if backend is None:
             return self.tiers[self.best(device, call)].run  # it has just been asked whether it can
@@ -74,7 +119,10 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_ALREADY_THERE = contextlib.nullcontext()
+
+
+def _signature(layouts: Hashable, options: tuple[Any, ...]) -> Hashable:
+    return layouts, options, *map(type, options), _env.CUDA_ARCH  # types: 1, 1.0 and True are equal
 
 
 def register(name: str) -> Op:
@@ -93,6 +141,12 @@ def extension() -> tuple[Any, str | None]:
     except ImportError:
         pass
     return None, f"the extension specvlm_kernels._C is not there ({reason})"
+
+
+@functools.cache
+def describer() -> Callable[[Tensors, Tensors], tuple[Hashable, list[int]] | None]:
+    """launches.describe, in C where torch lets C read its tensors (2.13 does)."""
+    return extension()[0].describer(getattr(Tensor, "__dlpack_c_exchange_api__", None), PLAIN_TENSORS) or describe
 
 
 @functools.cache
@@ -191,16 +245,6 @@ def device_of(call: tuple[Any, ...]) -> torch.device:
 def multiprocessors(index: int | None) -> int:
     """Streaming multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def on_device(index: int | None) -> contextlib.AbstractContextManager[Any]:
-    """Makes a CUDA device the current one. Where it already is, as nearly always, entering costs next to nothing."""
-    return _ALREADY_THERE if index == torch.cuda.current_device() else torch.cuda.device(index)
-
-
-def raw_stream(index: int) -> int:
-    """PyTorch's current stream as a number, without the Stream object of torch.cuda.current_stream."""
-    return torch._C._cuda_getCurrentRawStream(index)
 
 
 @functools.cache

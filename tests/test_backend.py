@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from specvlm_kernels import backend
+from specvlm_kernels import backend, launches
 
 
 def test_alignment_looks_at_address_rows_and_every_stride() -> None:
@@ -22,10 +22,10 @@ def test_alignment_looks_at_address_rows_and_every_stride() -> None:
 def test_raw_stream_and_device_are_pytorch_s() -> None:
     index = torch.cuda.current_device()
     side = torch.cuda.Stream()
-    assert backend.raw_stream(index) == torch.cuda.current_stream().cuda_stream
+    assert launches.raw_stream(index) == torch.cuda.current_stream().cuda_stream
     with torch.cuda.stream(side):
-        assert backend.raw_stream(index) == side.cuda_stream != 0
+        assert launches.raw_stream(index) == side.cuda_stream != 0
     for other in range(torch.cuda.device_count()):
-        with backend.on_device(other):
+        with launches.on_device(other):
             assert torch.cuda.current_device() == other
         assert torch.cuda.current_device() == index

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, extension, misaligned, on_device, raw_stream, register
+from ..backend import Tier, extension, misaligned, register
+from ..launches import Launch, launched
 from ..reference.compact_kv import compact_kv as reference
 
 OP = register("compact_kv")
@@ -49,10 +50,19 @@ def compact_kv(
 
     Reference: specvlm_kernels.reference.compact_kv. Source: SpecVLM, section 3.3 (cache update after acceptance).
     """
+    keys, values = _each(k_caches), _each(v_caches)
+    options = (isinstance(k_caches, Tensor), isinstance(v_caches, Tensor), len(keys), backend)
+    seen = (path, kv_lens, length, page_table), options, (*keys, *values)
+    if OP.again(seen):
+        return
     call = prepare(k_caches, v_caches, kv_lens, path, length, page_table=page_table)
     if path.shape[0]:
-        run = torch.ops.specvlm.compact_kv if torch.compiler.is_compiling() else _run
-        run(*call, backend)
+        OP.run(call, (), backend, seen)
+
+
+def _each(caches: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors that caches consist of; none of what prepare will not have."""
+    return (caches,) if isinstance(caches, Tensor) else caches if isinstance(caches, (list, tuple)) else ()
 
 
 def prepare(
@@ -147,11 +157,16 @@ def _torch(
 
 def pointers(caches: Sequence[Tensor]) -> list[int]:
     """The address of every layer."""
+    first, step = caches[0], _layer_step(caches)
+    if step is None:
+        return [layer.data_ptr() for layer in caches]
+    return [first.data_ptr() + i * step for i in range(first.shape[0])]
+
+
+def _layer_step(caches: Sequence[Tensor]) -> int | None:
+    """Bytes from layer to layer of a stacked cache, None for a list."""
     first = caches[0]
-    if first.dim() == 5:
-        step = first.stride(0) * first.element_size()
-        return list(range(first.data_ptr(), first.data_ptr() + step * first.shape[0], step or 1))
-    return [layer.data_ptr() for layer in caches]
+    return first.stride(0) * first.element_size() if first.dim() == 5 else None
 
 
 def layer_strides(caches: Sequence[Tensor]) -> tuple[int, ...]:
@@ -188,37 +203,31 @@ def _cuda(
     path: Tensor,
     length: Tensor,
     page_table: Tensor | None,
-) -> None:
-    module, _ = extension()
+) -> Launch:
     k = k_caches[0]
     item = k.element_size()
     outer, tokens, heads, d = k.shape[-4:]
     if page_table is None:
-        capacity, pages, shift, table, table_stride = tokens, 0, 0, 0, 0
+        capacity, pages, shift = tokens, 0, 0
     else:
         capacity, pages, shift = page_table.shape[1] * tokens, outer, tokens.bit_length() - 1
-        table, table_stride = page_table.data_ptr(), page_table.stride(0)
-    with on_device(path.device.index):
-        module.compact_kv(
-            k_caches=pointers(k_caches),
-            v_caches=pointers(v_caches),
-            k_strides=tuple(item * s for s in layer_strides(k_caches)),
-            v_strides=tuple(item * s for s in layer_strides(v_caches)),
-            kv_lens=kv_lens.data_ptr(),
-            path=path.data_ptr(),
-            path_stride=path.stride(0),
-            length=length.data_ptr(),
-            page_table=table,
-            page_table_stride=table_stride,
-            batch=path.shape[0],
-            nodes=path.shape[1],
-            capacity=capacity,
-            pages=pages,
-            page_shift=shift,
-            heads=heads,
-            head_vectors=d * item // 16,
-            stream=raw_stream(path.device.index),
-        )
+    prepared = extension()[0].CompactKv(
+        layers=_count(list(k_caches)),
+        k_layer_stride=_layer_step(k_caches),
+        v_layer_stride=_layer_step(v_caches),
+        k_strides=tuple(item * s for s in layer_strides(k_caches)),
+        v_strides=tuple(item * s for s in layer_strides(v_caches)),
+        path_stride=path.stride(0),
+        page_table_stride=page_table.stride(0) if page_table is not None else 0,
+        batch=path.shape[0],
+        nodes=path.shape[1],
+        capacity=capacity,
+        pages=pages,
+        page_shift=shift,
+        heads=heads,
+        head_vectors=d * item // 16,
+    )
+    return launched(prepared.launch, 0, path, kv_lens, length, page_table, *k_caches, *v_caches)
 
 
 def _triton(*call: Any) -> None:

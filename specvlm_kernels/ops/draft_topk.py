@@ -16,11 +16,10 @@ from ..backend import (
     logits_type,
     not_for_cuda_logits,
     not_for_triton,
-    on_device,
-    raw_stream,
     register,
     rows_aligned,
 )
+from ..launches import Launch, launched
 from ..reference.draft_topk import draft_topk as reference
 
 OP = register("draft_topk")
@@ -48,16 +47,17 @@ def draft_topk(
 
     Reference: specvlm_kernels.reference.draft_topk. Source: SpecVLM, section 3.3 (draft tree).
     """
+    seen = (logits,), (k, temperature, backend), ()
+    if outputs := OP.again(seen):
+        return tuple(outputs)  # type: ignore[return-value]
     call = prepare(logits, k, temperature=temperature)
-    rows = call[0].shape[0]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_probs = torch.empty(rows, k, dtype=dtype, device=logits.device)
-    token_ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
-    if rows:
-        run = torch.ops.specvlm.draft_topk if torch.compiler.is_compiling() else _run
-        run(*call, log_probs, token_ids, backend)
     shape = (*logits.shape[:-1], k)
-    return log_probs.view(shape), token_ids.view(shape)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_probs = torch.empty(shape, dtype=dtype, device=logits.device)
+    token_ids = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    if call[0].shape[0]:
+        OP.run(call, (log_probs, token_ids), backend, seen)
+    return log_probs, token_ids
 
 
 def prepare(logits: Tensor, k: int, *, temperature: float = 1.0) -> Call:
@@ -85,8 +85,8 @@ torch.library.custom_op("specvlm::draft_topk", _run, mutates_args=("log_probs", 
 
 def _torch(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> None:
     top_log_probs, top_ids = reference(logits, k, temperature=temperature)
-    log_probs.copy_(top_log_probs)
-    token_ids.copy_(top_ids)
+    log_probs.view_as(top_log_probs).copy_(top_log_probs)
+    token_ids.view_as(top_ids).copy_(top_ids)
 
 
 MOST_CUDA_TOKENS = 64  # csrc/include/specvlm/draft_topk.h
@@ -103,31 +103,25 @@ def _plan(rows: int, vocab: int, k: int, aligned: bool) -> Any:
     return extension()[0].draft_topk_plan(rows, vocab, k, aligned)
 
 
-def _cuda(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> None:
+def _cuda(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> Launch:
     rows, vocab = logits.shape
     plan = _plan(rows, vocab, k, rows_aligned(logits))
-    workspace = torch.empty(plan.workspace_entries, dtype=torch.int64, device=logits.device)
-    with on_device(logits.device.index):
-        extension()[0].draft_topk(
-            plan=plan,
-            logits=logits.data_ptr(),
-            row_stride=logits.stride(0),
-            log_probs=log_probs.data_ptr(),
-            token_ids=token_ids.data_ptr(),
-            workspace=workspace.data_ptr(),
-            rows=rows,
-            vocab=vocab,
-            k=k,
-            factor=min(math.log2(math.e) / temperature, 1e30),  # float32's range
-            dtype=logits_type(logits),
-            stream=raw_stream(logits.device.index),
-        )
+    prepared = extension()[0].DraftTopk(
+        plan=plan,
+        row_stride=logits.stride(0),
+        rows=rows,
+        vocab=vocab,
+        k=k,
+        factor=min(math.log2(math.e) / temperature, 1e30),  # float32's range
+        dtype=logits_type(logits),
+    )
+    return launched(prepared.launch, 8 * plan.workspace_entries, logits, log_probs, token_ids)
 
 
-def _triton(*call: Any) -> None:
+def _triton(logits: Tensor, k: int, temperature: float, log_probs: Tensor, token_ids: Tensor) -> None:
     from ..triton.draft_topk import draft_topk as kernel
 
-    kernel(*call)
+    kernel(logits, k, temperature, log_probs.view(-1, k), token_ids.view(-1, k))
 
 
 def _triton_missing(logits: Tensor, k: int, *_: object) -> str | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from ..backend import Tier, extension, on_device, raw_stream, register
+from ..backend import Tier, extension, register
+from ..launches import Launch, launched
 from ..reference.expand_tree import Expansion
 from ..reference.expand_tree import expand_tree as reference
 
@@ -61,11 +62,14 @@ def expand_tree(
     Reference: specvlm_kernels.reference.expand_tree. Source: EAGLE-2 (arXiv 2406.16858), section 4 (expansion and
     reranking).
     """
+    given = out if isinstance(out, tuple) else ()
+    seen = (log_probs, token_ids, root), (nodes, out is None, backend), given
+    if outputs := OP.again(seen):
+        return Expansion(*outputs)
     call = prepare(log_probs, token_ids, root, nodes)
     tree = empty_expansion(log_probs, nodes) if out is None else _check_out(out, log_probs, nodes)
     if log_probs.shape[0]:
-        run = torch.ops.specvlm.expand_tree if torch.compiler.is_compiling() else _run
-        run(*call, *tree, backend)
+        OP.run(call, tree, backend, seen)
     return tree
 
 
@@ -160,30 +164,20 @@ def _cuda(
     depths: Tensor,
     mask: Tensor,
     rows: Tensor,
-) -> None:
+) -> Launch:
     batch, read, width = log_probs.shape
-    index = log_probs.device.index
-    with on_device(index):
-        extension()[0].expand_tree(
-            log_probs=log_probs.data_ptr(),
-            token_ids=token_ids.data_ptr(),
-            root=root.data_ptr(),
-            tokens=tokens.data_ptr(),
-            parents=parents.data_ptr(),
-            depths=depths.data_ptr(),
-            mask=mask.data_ptr(),
-            node_rows=rows.data_ptr(),
-            log_probs_stride=log_probs.stride(0),
-            log_probs_row=log_probs.stride(1),
-            token_ids_stride=token_ids.stride(0),
-            token_ids_row=token_ids.stride(1),
-            batch=batch,
-            rows=read,
-            width=width,
-            nodes=tokens.shape[1],
-            all_rows=nodes is None,
-            stream=raw_stream(index),
-        )
+    prepared = extension()[0].ExpandTree(
+        log_probs_stride=log_probs.stride(0),
+        log_probs_row=log_probs.stride(1),
+        token_ids_stride=token_ids.stride(0),
+        token_ids_row=token_ids.stride(1),
+        batch=batch,
+        rows=read,
+        width=width,
+        nodes=tokens.shape[1],
+        all_rows=nodes is None,
+    )
+    return launched(prepared.launch, 0, log_probs, token_ids, root, tokens, parents, depths, mask, rows)
 
 
 def _triton(*call: Any) -> None:

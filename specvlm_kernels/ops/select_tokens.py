@@ -15,11 +15,10 @@ from ..backend import (
     architecture,
     extension,
     multiprocessors,
-    on_device,
-    raw_stream,
     register,
     shared_memory,
 )
+from ..launches import Launch, launched
 from ..reference.select_tokens import Selection
 from ..reference.select_tokens import select_tokens as reference
 
@@ -59,15 +58,18 @@ def select_tokens(
 
     Reference: specvlm_kernels.reference.select_tokens. Source: SpecVLM, section 3.2 (two-stage pruning).
     """
+    seen = (scores, mask), (keep, top_p, backend), ()
+    if outputs := OP.again(seen):
+        return Selection(*outputs)
     call = prepare(scores, keep, top_p, mask=mask)
     b = scores.shape[0]
     indices = torch.empty(b, keep, dtype=torch.int64, device=scores.device)
     if not (b and keep):
         return Selection(indices, torch.zeros(b, dtype=torch.int32, device=scores.device))
     num_attention = torch.empty(b, dtype=torch.int32, device=scores.device)
-    run = torch.ops.specvlm.select_tokens if torch.compiler.is_compiling() else _run
-    run(*call, indices, num_attention, backend)
-    return Selection(indices, num_attention)
+    selection = Selection(indices, num_attention)
+    OP.run(call, selection, backend, seen)
+    return selection
 
 
 def prepare(scores: Tensor, keep: int, top_p: float = 0.4, *, mask: Tensor | None = None) -> Call:
@@ -129,29 +131,23 @@ def _plan(rows: int, tokens: int, architecture: int, index: int | None) -> Any:
     return extension()[0].select_tokens_plan(rows, tokens, architecture, multiprocessors(index), shared_memory(index))
 
 
-def _cuda(scores: Tensor, keep: int, top_p: float, mask: Tensor | None, indices: Tensor, num_attention: Tensor) -> None:
+def _cuda(
+    scores: Tensor, keep: int, top_p: float, mask: Tensor | None, indices: Tensor, num_attention: Tensor
+) -> Launch:
     index = scores.device.index
     b, v = scores.shape
     plan = _plan(b, v, architecture(index), index)
-    words = plan.workspace_words
-    workspace = torch.empty(words, dtype=torch.int64, device=scores.device) if words else None
-    with on_device(index):
-        extension()[0].select_tokens(
-            plan=plan,
-            scores=scores.data_ptr(),
-            mask=mask.data_ptr() if mask is not None else 0,
-            indices=indices.data_ptr(),
-            num_attention=num_attention.data_ptr(),
-            workspace=workspace.data_ptr() if workspace is not None else 0,
-            scores_stride=scores.stride(0),
-            mask_stride=mask.stride(0) if mask is not None else 0,
-            indices_stride=indices.stride(0),
-            rows=b,
-            tokens=v,
-            keep=keep,
-            share={0.0: -2, 1.0: -1}.get(top_p, round(top_p * 2**24)),
-            stream=raw_stream(index),
-        )
+    prepared = extension()[0].SelectTokens(
+        plan=plan,
+        scores_stride=scores.stride(0),
+        mask_stride=mask.stride(0) if mask is not None else 0,
+        indices_stride=indices.stride(0),
+        rows=b,
+        tokens=v,
+        keep=keep,
+        share={0.0: -2, 1.0: -1}.get(top_p, round(top_p * 2**24)),
+    )
+    return launched(prepared.launch, 8 * plan.workspace_words, scores, mask, indices, num_attention)
 
 
 def _triton(*call: Any) -> None:

@@ -16,11 +16,10 @@ from ..backend import (
     misaligned,
     multiprocessors,
     not_for_triton,
-    on_device,
-    raw_stream,
     register,
     shared_memory,
 )
+from ..launches import Launch, launched
 from ..reference.tree_attention import tree_attention as reference
 
 OP = register("tree_attention")
@@ -69,6 +68,13 @@ def tree_attention(
 
     Reference: specvlm_kernels.reference.tree_attention. Source: SpecVLM, section 3.3 (tree verification).
     """
+    seen = (
+        (q, k, v, kv_lens, tree_mask, tree_lens, page_table),
+        (softmax_scale, return_lse, backend),
+        () if out is None else (out,),
+    )
+    if outputs := OP.again(seen):
+        return tuple(outputs) if return_lse else outputs[0]  # type: ignore[return-value]
     call = prepare(q, k, v, kv_lens, tree_mask, tree_lens=tree_lens, page_table=page_table, softmax_scale=softmax_scale)
     b, n, heads, d = q.shape
     if out is None:
@@ -77,8 +83,7 @@ def tree_attention(
         check.tensor("out", out, "B N Hq D", (q.dtype,), {"B": b, "N": n, "Hq": heads, "D": d}, q.device)
     lse = torch.empty((b, n, heads), dtype=_lse_dtype(q), device=q.device) if return_lse else None
     if q.numel():
-        run = torch.ops.specvlm.tree_attention if torch.compiler.is_compiling() else _run
-        run(*call, out, lse, backend)
+        OP.run(call, (out, lse), backend, seen)
     return out if lse is None else (out, lse)
 
 
@@ -210,7 +215,7 @@ def _cuda(
     softmax_scale: float,
     out: Tensor,
     lse: Tensor | None,
-) -> None:
+) -> Launch:
     b, n, q_heads, d = q.shape
     pages, page_size, kv_heads = (0, 0, k.shape[2]) if page_table is None else k.shape[:3]
     max_pages = 0 if page_table is None else page_table.shape[1]
@@ -228,46 +233,36 @@ def _cuda(
         multiprocessors(index),
         shared_memory(index),
     )
-    workspace = torch.empty(plan.workspace_floats, dtype=torch.float32, device=q.device)
     given = out
     if misaligned("out", out):  # rows are written 16 bytes at a time
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with on_device(index):
-        extension()[0].tree_attention(
-            plan,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            kv_lens.data_ptr(),
-            tree_mask.data_ptr() if tree_mask is not None else 0,
-            tree_lens.data_ptr() if tree_lens is not None else 0,
-            page_table.data_ptr() if page_table is not None else 0,
-            out.data_ptr(),
-            lse.data_ptr() if lse is not None else 0,
-            workspace.data_ptr(),
-            q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
-            out.stride()[:3],
-            tree_mask.stride(0) if tree_mask is not None else 0,
-            tree_mask.stride(1) if tree_mask is not None else 0,
-            page_table.stride(0) if page_table is not None else 0,
-            tree_mask.shape[2] if tree_mask is not None else 0,
-            b,
-            n,
-            q_heads,
-            kv_heads,
-            d,
-            capacity,
-            page_size,
-            pages,
-            max_pages,
-            softmax_scale,
-            q.dtype == torch.bfloat16,
-            raw_stream(index),
-        )
+    prepared = extension()[0].TreeAttention(
+        plan=plan,
+        q_strides=q.stride()[:3],
+        k_strides=k.stride()[:3],
+        v_strides=v.stride()[:3],
+        out_strides=out.stride()[:3],
+        mask_batch_stride=tree_mask.stride(0) if tree_mask is not None else 0,
+        mask_node_stride=tree_mask.stride(1) if tree_mask is not None else 0,
+        page_table_stride=page_table.stride(0) if page_table is not None else 0,
+        mask_words=tree_mask.shape[2] if tree_mask is not None else 0,
+        batch=b,
+        nodes=n,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=d,
+        capacity=capacity,
+        page_size=page_size,
+        pages=pages,
+        max_pages=max_pages,
+        scale=softmax_scale,
+        bfloat16=q.dtype == torch.bfloat16,
+    )
+    tensors = (q, k, v, kv_lens, tree_mask, tree_lens, page_table, out, lse)
+    launch = launched(prepared.launch, 4 * plan.workspace_floats, *tensors)
     if given is not out:
         given.copy_(out)
+    return launch
 
 
 OP.tiers["cuda"] = Tier(missing=_cuda_missing, run=_cuda)

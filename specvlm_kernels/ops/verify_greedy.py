@@ -14,11 +14,10 @@ from ..backend import (
     logits_type,
     not_for_cuda_logits,
     not_for_triton,
-    on_device,
-    raw_stream,
     register,
     rows_aligned,
 )
+from ..launches import Launch, launched
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_greedy import verify_greedy as reference
 
@@ -57,11 +56,13 @@ def verify_greedy(
 
     Reference: specvlm_kernels.reference.verify_greedy. Source: SpecVLM, section 3.3 (verification).
     """
+    seen = (logits, tokens, parents, tree_lens), (backend,), ()
+    if outputs := OP.again(seen):
+        return Verdict(*outputs)
     call = prepare(logits, tokens, parents, tree_lens=tree_lens)
     verdict = empty_verdict(tokens)
     if tokens.shape[0]:
-        run = torch.ops.specvlm.verify_greedy if torch.compiler.is_compiling() else _run
-        run(*call, *verdict, backend)
+        OP.run(call, verdict, backend, seen)
     return verdict
 
 
@@ -149,35 +150,25 @@ def _cuda(
     path: Tensor,
     length: Tensor,
     next_token: Tensor,
-) -> None:
+) -> Launch:
     module, _ = extension()
     b, n, vocab = logits.shape
     aligned = rows_aligned(logits)
-    workspace = torch.empty(
-        module.verify_greedy_workspace(b, n, vocab, aligned), dtype=torch.int64, device=logits.device
+    prepared = module.VerifyGreedy(
+        batch_stride=logits.stride(0),
+        node_stride=logits.stride(1),
+        tokens_stride=tokens.stride(0),
+        parents_stride=parents.stride(0),
+        path_stride=path.stride(0),
+        batch=b,
+        nodes=n,
+        vocab=vocab,
+        dtype=logits_type(logits),
+        aligned=aligned,
     )
-    with on_device(logits.device.index):
-        module.verify_greedy(
-            logits=logits.data_ptr(),
-            tokens=tokens.data_ptr(),
-            parents=parents.data_ptr(),
-            tree_lens=tree_lens.data_ptr() if tree_lens is not None else 0,
-            path=path.data_ptr(),
-            length=length.data_ptr(),
-            next_token=next_token.data_ptr(),
-            workspace=workspace.data_ptr(),
-            batch_stride=logits.stride(0),
-            node_stride=logits.stride(1),
-            tokens_stride=tokens.stride(0),
-            parents_stride=parents.stride(0),
-            path_stride=path.stride(0),
-            batch=b,
-            nodes=n,
-            vocab=vocab,
-            dtype=logits_type(logits),
-            aligned=aligned,
-            stream=raw_stream(logits.device.index),
-        )
+    workspace = 8 * module.verify_greedy_workspace(b, n, vocab, aligned)
+    tensors = (logits, tokens, parents, tree_lens, path, length, next_token)
+    return launched(prepared.launch, workspace, *tensors)
 
 
 def _triton(*call: Any) -> None:

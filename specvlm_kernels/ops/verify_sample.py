@@ -16,11 +16,10 @@ from ..backend import (
     logits_type,
     not_for_cuda_logits,
     not_for_triton,
-    on_device,
-    raw_stream,
     register,
     rows_aligned,
 )
+from ..launches import Launch, launched
 from ..reference.verify_greedy import Verdict
 from ..reference.verify_sample import verify_sample as reference
 from .verify_greedy import check_tree, empty_verdict
@@ -72,6 +71,11 @@ def verify_sample(
     Reference: specvlm_kernels.reference.verify_sample. Source: Leviathan et al. 2023 (speculative sampling) for
     a draft without chance; SpecInfer, section 4.3, for the tree.
     """
+    seen = None
+    if draft_log_probs is None:  # no kernel takes them, so they have to be checked every time
+        seen = (logits, tokens, parents, coins), (temperature, top_k, top_p, backend), ()
+        if outputs := OP.again(seen):
+            return Verdict(*outputs)
     call = prepare(
         logits,
         tokens,
@@ -84,8 +88,7 @@ def verify_sample(
     )
     verdict = empty_verdict(tokens)
     if tokens.shape[0]:
-        run = torch.ops.specvlm.verify_sample if torch.compiler.is_compiling() else _run
-        run(*call, *verdict, backend)
+        OP.run(call, verdict, backend, seen)
     return verdict
 
 
@@ -178,41 +181,32 @@ def _cuda(
     path: Tensor,
     length: Tensor,
     next_token: Tensor,
-) -> None:
+) -> Launch:
     module, _ = extension()
     b, n, vocab = logits.shape
     top_k = vocab if top_k is None else top_k
     top_p = 1.0 if top_p is None else top_p
     aligned = rows_aligned(logits)
-    size = module.verify_sample_workspace(b, n, vocab, aligned, top_k < vocab or top_p < 1)
-    workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    with on_device(logits.device.index):
-        module.verify_sample(
-            logits=logits.data_ptr(),
-            tokens=tokens.data_ptr(),
-            parents=parents.data_ptr(),
-            coins=coins.data_ptr(),
-            path=path.data_ptr(),
-            length=length.data_ptr(),
-            next_token=next_token.data_ptr(),
-            workspace=workspace.data_ptr(),
-            batch_stride=logits.stride(0),
-            node_stride=logits.stride(1),
-            tokens_stride=tokens.stride(0),
-            parents_stride=parents.stride(0),
-            coins_stride=coins.stride(0),
-            path_stride=path.stride(0),
-            batch=b,
-            nodes=n,
-            vocab=vocab,
-            top_k=top_k,
-            top_p=top_p,
-            factor=min(max(math.log2(math.e) / temperature, 1e-36), 1e30),  # float32's range
-            dtype=logits_type(logits),
-            aligned=aligned,
-            overlap=architecture(logits.device.index) >= 90,
-            stream=raw_stream(logits.device.index),
-        )
+    prepared = module.VerifySample(
+        batch_stride=logits.stride(0),
+        node_stride=logits.stride(1),
+        tokens_stride=tokens.stride(0),
+        parents_stride=parents.stride(0),
+        coins_stride=coins.stride(0),
+        path_stride=path.stride(0),
+        batch=b,
+        nodes=n,
+        vocab=vocab,
+        top_k=top_k,
+        top_p=top_p,
+        factor=min(max(math.log2(math.e) / temperature, 1e-36), 1e30),  # float32's range
+        dtype=logits_type(logits),
+        aligned=aligned,
+        overlap=architecture(logits.device.index) >= 90,
+    )
+    workspace = module.verify_sample_workspace(b, n, vocab, aligned, top_k < vocab or top_p < 1)
+    tensors = (logits, tokens, parents, coins, path, length, next_token)
+    return launched(prepared.launch, workspace, *tensors)
 
 
 def _triton(*call: Any) -> None:
