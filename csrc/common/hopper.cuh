@@ -17,8 +17,9 @@ namespace ptx = cuda::ptx;
 // Descriptor of a tile in 128-byte swizzled layout: rows of 128 bytes in groups of 8 (1024 bytes, aligned to that).
 // K-major operands: a row is 64 consecutive k. MN-major: a row is 64 consecutive m or n, the 8 rows are k.
 // The low half, to which offsets of 16 bytes may be added, holds the address; the high half never changes.
-__device__ __forceinline__ std::uint32_t swizzled_operand(std::uint32_t address) {
-  return (1u << 16) | ((address & 0x3FFFF) >> 4);
+// next: bytes to the next 64 of an MN-major operand's m or n, where there are more.
+__device__ __forceinline__ std::uint32_t swizzled_operand(std::uint32_t address, std::uint32_t next = 16) {
+  return (next >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
 __device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t operand) {

@@ -98,31 +98,47 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
       loaded[i] =
           at + i < stop ? base[offset_of(at + i) + octet * Part<D>::kOctet + slice * 64 + thread] : make_uint2(0, 0);
   };
-#pragma unroll 1
-  for (int i = threadIdx.x / 8; i < parts; i += kThreads / 8) {  // eight rows of a part lie side by side
-    const int n = threadIdx.x % 8;
-    const float* of_part = reinterpret_cast<const float*>(base + offset_of(i)) + columns * (D / 2) + octet * 8 + n;
-    references[i][n] = of_part[0];
-    sums[i][n] = of_part[columns];
-  }
   load();
-  __syncthreads();
+  // eight rows of a part lie side by side; all loads are under way before the first is waited for
+  constexpr int kWeightsInFlight = GROUPS == 2 ? 3 : 1;
+  const int row_here = threadIdx.x % 8;
 #pragma unroll 1
-  for (int n = threadIdx.x / 32; n < 8; n += kThreads / 32) {
+  for (int begin = threadIdx.x / 8; begin < parts; begin += kWeightsInFlight * (kThreads / 8)) {
+    float reference[kWeightsInFlight], sum[kWeightsInFlight];
+#pragma unroll
+    for (int j = 0; j < kWeightsInFlight; ++j) {
+      const int i = begin + j * (kThreads / 8);
+      if (i < parts) {
+        const float* of_part =
+            reinterpret_cast<const float*>(base + offset_of(i)) + columns * (D / 2) + octet * 8 + row_here;
+        reference[j] = of_part[0];
+        sum[j] = of_part[columns];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kWeightsInFlight; ++j) {
+      const int i = begin + j * (kThreads / 8);
+      if (i < parts) references[i][row_here] = reference[j], sums[i][row_here] = sum[j];
+    }
+  }
+  __syncthreads();
+  constexpr int kSharers = kThreads < 256 ? kThreads / 8 : 32;  // threads of a row
+  if (threadIdx.x < kSharers * 8) {
+    const int n = threadIdx.x / kSharers, sharer = threadIdx.x % kSharers;
     float top = kNothing, sum = 0.0f;
 #pragma unroll 1
-    for (int i = lane; i < parts; i += 32) top = fmaxf(top, references[i][n]);
+    for (int i = sharer; i < parts; i += kSharers) top = fmaxf(top, references[i][n]);
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    for (int step = kSharers / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
 #pragma unroll 1
-    for (int i = lane; i < parts; i += 32) {
+    for (int i = sharer; i < parts; i += kSharers) {
       const float weight = sums[i][n] * exp2_fast(references[i][n] - top);
       references[i][n] = weight;
       sum += weight;
     }
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) tops[n] = top, totals[n] = sum;
+    for (int step = kSharers / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (sharer == 0) tops[n] = top, totals[n] = sum;
   }
   __syncthreads();
 
@@ -152,14 +168,14 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
     const float4 other = gathered[g][thread];
     value.x += other.x, value.y += other.y, value.z += other.z, value.w += other.w;
   }
-  const float a = totals[row_a], b = totals[row_b];
-  const bool seen_a = first_row + row_a < live_rows && a > 0.0f;
-  const bool seen_b = first_row + row_b < live_rows && b > 0.0f;
+  const bool seen_a = first_row + row_a < live_rows && totals[row_a] > 0.0f;
+  const bool seen_b = first_row + row_b < live_rows && totals[row_b] > 0.0f;
+  const float a = 1.0f / totals[row_a], b = 1.0f / totals[row_b];
   const int dim_a = thread / 32 * 16 + (ROWS ? lane % 4 * 2 : lane / 4), dim_b = ROWS ? dim_a + 1 : dim_a;
-  result[row_a][dim_a] = static_cast<T>(seen_a ? value.x / a : 0.0f);
-  result[row_b][dim_b] = static_cast<T>(seen_b ? value.y / b : 0.0f);
-  result[row_a][dim_a + 8] = static_cast<T>(seen_a ? value.z / a : 0.0f);
-  result[row_b][dim_b + 8] = static_cast<T>(seen_b ? value.w / b : 0.0f);
+  result[row_a][dim_a] = static_cast<T>(seen_a ? value.x * a : 0.0f);
+  result[row_b][dim_b] = static_cast<T>(seen_b ? value.y * b : 0.0f);
+  result[row_a][dim_a + 8] = static_cast<T>(seen_a ? value.z * a : 0.0f);
+  result[row_b][dim_b + 8] = static_cast<T>(seen_b ? value.w * b : 0.0f);
   named_barrier(1, 64);
   constexpr int kChunks = kCombineDims / 8;
   const int n = thread / kChunks, chunk = thread % kChunks;
@@ -178,7 +194,7 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
 template <typename T, int D, int GROUPS, bool ROWS>
 void launch_combine_groups(const TreeAttentionParams& p, const TreeAttentionPlan& plan, const RowTiles& rows_of,
                            dim3 grid, cudaStream_t stream) {
-  const int shared = (p.batch + 1) * 4;
+  const int shared = line_ints(p.batch) * 4;
   prepare_kernel<combine_parts_kernel<T, D, GROUPS, ROWS>>(shared);
   launch_overlapped(combine_parts_kernel<T, D, GROUPS, ROWS>, grid, dim3(GROUPS * 64), shared, stream, p, rows_of,
                     plan.columns, plan.ctas);

@@ -37,8 +37,8 @@ struct AttentionLayout {
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
   static constexpr int kLanded = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;  // barriers of sm90_pages.cuh
   static constexpr int kPrefix = kLanded + (kStagesK + kStagesV) * 8;
-  // the units before each request and the producer's state, twice; 1024: to align the base
-  static constexpr int bytes(int batch) { return kPrefix + 2 * (batch + 1 + 2) * 4 + 1024; }
+  // what TeamLine remembers, twice; 1024: to align the base
+  static constexpr int bytes(int batch) { return kPrefix + 2 * line_ints(batch) * 4 + 1024; }
 };
 
 // COPIED: K and V come from pages that are too small for TMA.

@@ -13,6 +13,9 @@ constexpr int run_cost(int tile_shift) { return 5 >> (tile_shift - kTileShift); 
 
 constexpr int kMostSide = 4;  // row tiles side by side
 
+// Integers in shared memory: the units before each request and of all, two of the producer's, two lengths.
+__host__ __device__ constexpr int line_ints(int batch) { return batch + 1 + 2 + 2; }
+
 // A run of tiles of one item: a request, a KV head and a row tile.
 struct ItemRun {
   int request, head, row_tile;
@@ -27,6 +30,12 @@ struct ItemRun {
 // rows_of.run_cost units of no tile and then as many as the longest of these row tiles has tiles.
 struct TeamLine : ItemLine {
   using ItemLine::ItemLine;
+
+  // The lengths of a request after `scan`: of a single one they are remembered, as reading them takes 300 ns each time.
+  __device__ int context_of(const int* prefix, int request) const {
+    return p.batch == 1 ? prefix[4] : context(request);
+  }
+  __device__ int live_of(const int* prefix, int request) const { return p.batch == 1 ? prefix[5] : live(request); }
 
   __device__ int units_side_by_side(int context, int live, int first_row_tile) const {
     const int first = first_row_tile * rows_of.nodes;
@@ -47,8 +56,12 @@ struct TeamLine : ItemLine {
     const int lane = threadIdx.x % 32;
     int before = 0;
     if (p.batch == 1) {  // every lane by itself
-      before = p.kv_heads * units_per_head(context(0), live(0));
-      if (lane < 2) prefix[lane] = lane * before;
+      const int context = this->context(0), live = this->live(0);
+      before = p.kv_heads * units_per_head(context, live);
+      if (lane < 2) {
+        prefix[lane] = lane * before;
+        prefix[4 + lane] = lane == 0 ? context : live;
+      }
       __syncwarp();
       return before;
     }
@@ -76,7 +89,7 @@ struct TeamLine : ItemLine {
     if (p.batch > 1)
 #pragma unroll 1
       while (prefix[s.request + 1] <= unit) ++s.request;
-    s.context = context(s.request), s.live = live(s.request);
+    s.context = context_of(prefix, s.request), s.live = live_of(prefix, s.request);
     const int per_head = units_per_head(s.context, s.live);
     int rest = unit - prefix[s.request];
     s.head = static_cast<int>(static_cast<unsigned>(rest) / static_cast<unsigned>(per_head));
@@ -100,7 +113,7 @@ struct TeamLine : ItemLine {
 
   // Where on the line an item's first tile is.
   __device__ int start(const int* prefix, int request, int head, int row_tile) const {
-    const int context = this->context(request), live = this->live(request);
+    const int context = context_of(prefix, request), live = live_of(prefix, request);
     int unit = prefix[request] + head * units_per_head(context, live) + rows_of.run_cost;
 #pragma unroll 1
     for (int r = rows_of.side; r <= row_tile; r += rows_of.side)

@@ -183,7 +183,7 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
   int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
   volatile int *limit = prefix + p.batch + 1, *start = limit + 1;
   if (warp == 1) {
-    bring_near<L>(line, q_map, q_map, q_map, prefix + p.batch + 3);
+    bring_near<L>(line, q_map, q_map, q_map, prefix + line_ints(p.batch));
     asm volatile("griddepcontrol.wait;\n" ::: "memory");
     named_barrier(kCutRelay, 64);
     relay_tiles<L>(q_map, line, prefix, limit, start, shared);

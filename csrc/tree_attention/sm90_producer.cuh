@@ -45,7 +45,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   const TeamLine line(p, rows_of);
   int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
   if (threadIdx.x >= 2 * kWarpgroup + 32) {
-    bring_near<L>(line, q_map, k_map, v_map, prefix + p.batch + 3);
+    bring_near<L>(line, q_map, k_map, v_map, prefix + line_ints(p.batch));
     return;
   }
   volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;  // in registers they would cost spills

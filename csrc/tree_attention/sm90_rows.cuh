@@ -33,7 +33,7 @@ struct RowsLayout {
   static constexpr int kBarriers = (kRuns + 3 * static_cast<int>(sizeof(ItemRun)) + 7) / 8 * 8;
   static constexpr int kLanded = kBarriers + (2 * kStagesK + 2 * kStagesV + 2) * 8;  // barriers of sm90_pages.cuh
   static constexpr int kPrefix = kLanded + (kStagesK + kStagesV) * 8;
-  static constexpr int bytes(int batch) { return kPrefix + 2 * (batch + 1 + 2) * 4 + 1024; }  // as AttentionLayout's
+  static constexpr int bytes(int batch) { return kPrefix + 2 * line_ints(batch) * 4 + 1024; }  // as AttentionLayout's
 };
 
 // COPIED: K and V come from pages that are too small for TMA.
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const float hidden = copysignf(__int_as_float(0x7f800000), -scale);  // times scale: -inf
   auto* union_shared = reinterpret_cast<std::uint64_t*>(shared + L::kUnion) + group_of_warps * 8 * kWords;
   const std::uint32_t k_operand = swizzled_operand(shared_address(shared + L::kK));
-  const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV));
+  const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV), kTile * 128);
   const int warp_row = group_of_warps * kRowsPerWarpgroup + warp * 16;  // this thread's rows: + lane / 4, and 8 further
   const std::uint32_t q_operand =
       swizzled_operand(shared_address(shared + L::kQ) + group_of_warps * kRowsPerWarpgroup * 128);
@@ -90,16 +90,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     const int unmasked = __shfl_sync(~0u, ItemLine(p, rows_of).unmasked(run->context, run->row_tile), 0);
 
     float scores[kScores];
-    float acc[L::kHalves][32];            // the first tile's product overwrites them
+    float acc[L::kHalves * 32];           // the first tile's product overwrites them
     std::uint32_t shares[kTile / 16][4];  // exp2 of the scores in 16 bits
     float reference[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
     bool fresh[2] = {true, true};  // rows that have seen nothing yet
 #pragma unroll
     for (int i = 0; i < kScores; ++i) asm volatile("" : "=f"(scores[i]));
 #pragma unroll
-    for (int h = 0; h < L::kHalves; ++h)
-#pragma unroll
-      for (int i = 0; i < 32; ++i) asm volatile("" : "=f"(acc[h][i]));
+    for (int i = 0; i < L::kHalves * 32; ++i) asm volatile("" : "=f"(acc[i]));
 #pragma unroll
     for (int i = 0; i < kTile / 16 * 4; ++i) shares[i / 4][i % 4] = 0;
 
@@ -107,16 +105,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       const std::uint32_t v_tile = v_operand + v_stage * (L::kTileBytes / 16);
 #pragma unroll
       for (int step = 0; step < kTile / 16; ++step)
-#pragma unroll
-        for (int h = 0; h < L::kHalves; ++h)
-          WgmmaRegisters<T, 64, 1>::run(acc[h], shares[step],
-                                        swizzled_descriptor(v_tile + (h * (kTile * 128) + step * 2048) / 16),
-                                        step != 0 || accumulate);
+        WgmmaRegisters<T, D, 1>::run(acc, shares[step], swizzled_descriptor(v_tile + step * 2048 / 16),
+                                     step != 0 || accumulate);
     };
     auto keep_operands = [&] {
       wgmma_keep(shares);
-#pragma unroll
-      for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
+      wgmma_keep(acc);
     };
 
     // As in sm90.cuh: a pass issues the products with a tile's keys and with the values of the tile before, of which
@@ -250,9 +244,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       keep_operands();
       if (moved && t != begin) {  // not before: until here the accumulators are wgmma's
 #pragma unroll
-        for (int h = 0; h < L::kHalves; ++h)
-#pragma unroll
-          for (int i = 0; i < 32; ++i) acc[h][i] *= decay[i / 2 % 2];
+        for (int i = 0; i < L::kHalves * 32; ++i) acc[i] *= decay[i / 2 % 2];
       }
       if (lane == 0 && t > begin) ptx::mbarrier_arrive(empty_v + v_before);
 #pragma unroll
@@ -292,9 +284,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int h = 0; h < L::kHalves; ++h)
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            target[h * kWarpgroup + j * 32] =
-                make_uint2(pack<T>(acc[h][8 * j + 2 * r] * inverse, acc[h][8 * j + 2 * r + 1] * inverse),
-                           pack<T>(acc[h][8 * j + 4 + 2 * r] * inverse, acc[h][8 * j + 5 + 2 * r] * inverse));
+            target[h * kWarpgroup + j * 32] = make_uint2(
+                pack<T>(acc[32 * h + 8 * j + 2 * r] * inverse, acc[32 * h + 8 * j + 2 * r + 1] * inverse),
+                pack<T>(acc[32 * h + 8 * j + 4 + 2 * r] * inverse, acc[32 * h + 8 * j + 5 + 2 * r] * inverse));
       }
       continue;
     }
@@ -317,7 +309,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
         for (int i = 0; i < 8; ++i)
           *reinterpret_cast<std::uint32_t*>(out + h * 64 + 8 * i) =
-              seen ? pack<T>(acc[h][4 * i + 2 * r] * inverse, acc[h][4 * i + 2 * r + 1] * inverse) : 0u;
+              seen ? pack<T>(acc[32 * h + 4 * i + 2 * r] * inverse, acc[32 * h + 4 * i + 2 * r + 1] * inverse) : 0u;
     }
   }
 #endif
