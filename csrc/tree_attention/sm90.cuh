@@ -65,14 +65,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   take_registers<consumer_registers(kProducerRegisters)>();
   const AttentionRing<L> ring(shared);
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
-  {  // Q's columns without a row: TMA never writes them
-    constexpr int kChunks = L::kHalves * 8;
-#pragma unroll 1
-    for (int i = rows_of.rows * kChunks + threadIdx.x; i < L::kRows * kChunks; i += 2 * kWarpgroup)
-      *reinterpret_cast<uint4*>(shared + L::kQ + (i % kChunks / 8 * L::kRows + i / kChunks) * 128 + i % 8 * 16) =
-          make_uint4(0, 0, 0, 0);
-    ptx::fence_proxy_async(ptx::space_shared);
-  }
+  clear_padding<L>(shared, rows_of.rows);
   named_barrier(kReady, 2 * kWarpgroup + 32);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;\n");

@@ -87,6 +87,18 @@ __device__ __forceinline__ void load_rows(char* shared, const CUtensorMap& q_map
              run->row_tile * rows_of.nodes, run->request, full_q);
 }
 
+// For all consumers: clears Q where there is no row, which TMA never writes. What lies there must be finite, and the
+// same in every launch: a warp's rows vote together whether their references move.
+template <class L>
+__device__ __forceinline__ void clear_padding(char* shared, int rows) {
+  constexpr int kChunks = L::kHalves * 8;
+#pragma unroll 1
+  for (int i = rows * kChunks + threadIdx.x; i < L::kRows * kChunks; i += 2 * kWarpgroup)
+    *reinterpret_cast<uint4*>(shared + L::kQ + (i % kChunks / 8 * L::kRows + i / kChunks) * 128 + i % 8 * 16) =
+        make_uint4(0, 0, 0, 0);
+  ptx::fence_proxy_async(ptx::space_shared);
+}
+
 // A rehearsal, by a warp of its own while the kernel before may still run: it brings the lengths, Q and the first tiles
 // of the CTA's first run into the L2. The lengths may be old ones then, and so may be the tiles: the L2 stays coherent.
 template <class L>

@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   take_registers<consumer_registers(kProducerRegisters)>();
   const AttentionRing<L> ring(shared);
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
+  clear_padding<L>(shared, rows_of.rows);
   named_barrier(kReady, 2 * kWarpgroup + 32);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;\n");
