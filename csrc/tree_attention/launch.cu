@@ -69,12 +69,18 @@ int shared_bytes(const TreeAttentionPlan& plan, int head_dim, int batch) {
 
 int rounds(const TreeAttentionPlan& plan) { return (plan.row_tiles + plan.side - 1) / plan.side; }
 
+int tile_shift_of(const TreeAttentionPlan& plan) {
+  return plan.kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : swapped_tile_shift(plan.columns / 2);
+}
+
 // Cycles that a plan takes for the tiles of one row tile; fitted to traces and times on an H100.
 double cycles(const TreeAttentionPlan& plan, std::int64_t tiles, int multiprocessors) {
   const std::int64_t teams = std::max(multiprocessors / plan.side, 1);
   const std::int64_t of_a_team = (tiles * rounds(plan) + teams - 1) / teams;
   if (plan.kernel == TreeAttentionKernel::kSm90Rows) return 1600.0 * of_a_team + 5000.0;
-  return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns;
+  const int blocks = 1 << (tile_shift_of(plan) - kTileShift);
+  const std::int64_t steps = (of_a_team + blocks - 1) / blocks;
+  return (900.0 + 8.3 * blocks * plan.columns) * steps + 600.0 + 30.0 * plan.columns;
 }
 
 }  // namespace
@@ -108,7 +114,7 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
-  const int tile_shift = plan.kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : kTileShift;
+  const int tile_shift = tile_shift_of(plan);
   const std::int64_t units = items * ((capacity >> tile_shift) + 1 + run_cost(tile_shift));
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   const std::int64_t teams = std::min<std::int64_t>(std::min(multiprocessors, kMaxParts) / plan.side, units);
