@@ -23,8 +23,7 @@ extern template void token_scores_sm90<__half, 128>(const TokenScoresParams&, co
 
 namespace {
 
-constexpr int kMaxRows = 640;  // packed rows of a row tile: 160 KB of Q at D = 128
-static_assert(kMaxRows + 128 <= kMostScoreRows);
+constexpr int kMaxRows = 640;           // packed rows of a row tile: 160 KB of Q at D = 128
 constexpr int kMaxShared = 227 * 1024;  // of a CTA
 constexpr int kMaxBox = 256;            // elements of a box's dim
 constexpr int kMaxCapacity = 1 << 30;   // positions: sums of two of them are ints

@@ -20,9 +20,8 @@
 
 namespace specvlm {
 
-constexpr int kMaxChunks = 8;        // boxes of Q, a barrier each
-constexpr int kMostScoreRows = 768;  // packed rows of a row tile with what pads them
-constexpr int kHeadCost = 1;         // in tiles: a CTA that changes heads waits for the next head's Q
+constexpr int kMaxChunks = 8;  // boxes of Q, a barrier each
+constexpr int kHeadCost = 1;   // in tiles: a CTA that changes heads waits for the next head's Q
 
 struct ScoresLayout {
   int q, k, lse, barriers, prefix, bytes;  // offsets in shared memory
@@ -207,19 +206,10 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
       const int first_query = row_tile * plan.tile_queries;
       const int rows = min(plan.tile_queries, p.queries - first_query) * group, blocks = (rows + N - 1) / N;
 
-      // on their way while Q is asked for
-      constexpr int kLseRows = (kMostScoreRows + kConsumers - 1) / kConsumers;  // of a thread
-      float minus[kLseRows];
-#pragma unroll
-      for (int i = 0; i < kLseRows; ++i) {
-        const int row = threadIdx.x + i * kConsumers;
-        const int query = row < rows ? first_query + row / group : p.queries;  // past the rows: none
-        minus[i] = minus_lse(p, s.request, query, s.head * group + row % group);
-      }
       if (q_used) named_barrier(1, kConsumers);  // all are done with Q and lse
       q_used = true;
-      if (lane == 0) {  // a warp a chunk: one thread would take as long for all of them as the first keys do
-        for (int c = threadIdx.x / 32; c < plan.chunks; c += kConsumers / 32) {
+      if (threadIdx.x == 0) {
+        for (int c = 0; c < plan.chunks; ++c) {
           ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, q_full + c,
                                          chunk_rows * D * 2);
           for (int h = 0; h < kHalves; ++h)
@@ -227,13 +217,12 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
                      first_query + c * plan.chunk_queries, s.request, q_full + c, kEvictLast);
         }
       }
-      __syncwarp();
       bool left_out = false;
-#pragma unroll
-      for (int i = 0; i < kLseRows; ++i) {
-        const int row = threadIdx.x + i * kConsumers;
-        if (row < plan.rows) lse_shared[lse_slot(row)] = minus[i];
-        left_out |= row < rows && isinf(minus[i]);
+      for (int row = threadIdx.x; row < plan.rows; row += kConsumers) {
+        const int query = row < rows ? first_query + row / group : p.queries;  // past the rows: none
+        const float value = minus_lse(p, s.request, query, s.head * group + row % group);
+        lse_shared[lse_slot(row)] = value;
+        left_out |= row < rows && isinf(value);
       }
       int ready = 0;  // chunks of Q that have come
       if (named_barrier_any(1, kConsumers, left_out)) {

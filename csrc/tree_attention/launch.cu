@@ -78,9 +78,9 @@ double cycles(const TreeAttentionPlan& plan, std::int64_t tiles, int multiproces
   const std::int64_t teams = std::max(multiprocessors / plan.side, 1);
   const std::int64_t of_a_team = (tiles * rounds(plan) + teams - 1) / teams;
   if (plan.kernel == TreeAttentionKernel::kSm90Rows) return 1600.0 * of_a_team + 5000.0;
-  const int blocks = 1 << (tile_shift_of(plan) - kTileShift);
-  const std::int64_t steps = (of_a_team + blocks - 1) / blocks;
-  return (900.0 + 8.3 * blocks * plan.columns) * steps + 600.0 + 30.0 * plan.columns;
+  if (tile_shift_of(plan) > kTileShift)
+    return (650.0 + 22.0 * plan.columns) * ((of_a_team + 1) / 2) + 4600.0 + 30.0 * plan.columns;
+  return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns;
 }
 
 }  // namespace

@@ -12,7 +12,7 @@
 
 namespace specvlm {
 
-constexpr int kColumns[] = {8, 16, 32, 48, 56, 64, 72, 80, 96, 104};  // packed rows of one warpgroup
+constexpr int kColumns[] = {8, 16, 32, 48, 64, 72, 80, 96, 104};  // packed rows of one warpgroup
 constexpr int kMostColumns = 2 * kColumns[std::size(kColumns) - 1];
 
 inline CUtensorMap cache_map(const char* name, const void* base, const TreeAttentionStrides& strides,
