@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -195,3 +196,34 @@ def replayed(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         result = run()
     return graph, result
+
+
+def many_rows() -> int:
+    """Rows that a comparison of many with the reference takes: SPECVLM_TEST_ROWS, or 20,000."""
+    return int(os.environ.get("SPECVLM_TEST_ROWS", "20000"))
+
+
+def hard_random_rows(b: int, v: int, g: torch.Generator) -> torch.Tensor:
+    """float32 [b,v] on the generator's device, rows of many kinds: ties, subnormals, any bits, sorted, one giant."""
+    uniform, normal = (f((b, v), generator=g, device=g.device) for f in (torch.rand, torch.randn))
+    bits = torch.randint(-(1 << 31), 1 << 31, (b, v), generator=g, device=g.device)
+    kinds = [
+        torch.exp(1.5 * normal) / v,
+        torch.softmax(5 * normal, -1),
+        normal,
+        uniform.bfloat16().float(),
+        (uniform * 3).floor(),
+        (uniform < 0.01).float() * normal,
+        bits.to(torch.int32).view(torch.float32),
+        (bits & 0x3FFFFF).to(torch.int32).view(torch.float32),  # subnormal
+        torch.exp2(60 * uniform - 30),
+        torch.where(uniform < 1 / v, 1e30, normal.abs()),
+        torch.zeros_like(uniform),
+    ]
+    kind = torch.randint(0, len(kinds), (b, 1), generator=g, device=g.device)
+    scores = kinds[0]
+    for i in range(1, len(kinds)):
+        scores = torch.where(kind == i, kinds[i], scores)
+    order = torch.randint(0, 8, (b, 1), generator=g, device=g.device)
+    ascending = scores.sort(-1).values
+    return torch.where(order == 0, ascending, torch.where(order == 1, ascending.flip(-1), scores))

@@ -10,9 +10,12 @@ from kit import (
     backends,
     bitwise_equal_reruns,
     gpu_backends,
+    hard_random_rows,
+    many_rows,
     randint,
     randn,
     replayed,
+    rng,
     with_both_poisons,
 )
 
@@ -207,3 +210,35 @@ def test_the_cuda_kernel_says_what_it_cannot_take():
         assert reason in sk.explain("draft_topk", *call)
         with pytest.raises(sk.BackendUnavailableError, match=reason):
             sk.draft_topk(*call, backend="cuda")
+
+
+def compare_random_rows(wanted: int, backend: str, device: str) -> None:
+    """Ids of rows of many kinds, equal to the reference's."""
+    done, turn, g, choose = 0, 0, torch.Generator(device).manual_seed(5), rng(5)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=choose))
+
+    while done < wanted:
+        # mostly short rows, for their number; among them rows of several tiles
+        b, vocab = [(1 << 13, number(1, 300)), (1 << 13, number(1, 64)), (number(1, 8), number(8193, 150_000))][
+            turn % 3
+        ]
+        turn += 1
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[number(0, 2)]
+        rows, k = hard_random_rows(b, vocab, g).to(dtype), number(1, min(64, vocab))
+        _, ids = sk.draft_topk(rows, k, backend=backend)
+        _, want = sk.reference.draft_topk(rows.float(), k)
+        assert torch.equal(ids, want), f"b={b}, vocab={vocab}, k={k}, {dtype}, turn={turn}"
+        done += b
+
+
+@pytest.mark.slow
+@gpu_backends("draft_topk")
+def test_many_random_rows(backend):
+    """SPECVLM_TEST_ROWS=1000000 compares that many with the reference; about 20,000 unless it is set."""
+    compare_random_rows(many_rows(), backend, "cuda")
+
+
+def test_the_comparison_of_random_rows():
+    compare_random_rows(20_000, "torch", "cpu")

@@ -1,14 +1,23 @@
 """select_tokens against a slow second implementation of the definition, in Python integers."""
 
 import math
-import os
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import Guarded, backends, bitwise_equal_reruns, gpu_backends, replayed, rng, with_both_poisons
+from kit import (
+    Guarded,
+    backends,
+    bitwise_equal_reruns,
+    gpu_backends,
+    hard_random_rows,
+    many_rows,
+    replayed,
+    rng,
+    with_both_poisons,
+)
 
 import specvlm_kernels as sk
 from specvlm_kernels.ops import select_tokens as module
@@ -242,37 +251,11 @@ def test_batches(b, v, backend):
             assert_the_reference(scores, v // 10, top_p, mask, backend, "masked")
 
 
-def random_batch(b: int, v: int, g: torch.Generator) -> torch.Tensor:
-    """Rows of many kinds, on the GPU."""
-    uniform, normal = (f((b, v), generator=g, device="cuda") for f in (torch.rand, torch.randn))
-    bits = torch.randint(-(1 << 31), 1 << 31, (b, v), generator=g, device="cuda")
-    kinds = [
-        torch.exp(1.5 * normal) / v,
-        torch.softmax(5 * normal, -1),
-        normal,
-        uniform.bfloat16().float(),
-        (uniform * 3).floor(),
-        (uniform < 0.01).float() * normal,
-        bits.to(torch.int32).view(torch.float32),
-        (bits & 0x3FFFFF).to(torch.int32).view(torch.float32),  # subnormal
-        torch.exp2(60 * uniform - 30),
-        torch.where(uniform < 1 / v, 1e30, normal.abs()),
-        torch.zeros_like(uniform),
-    ]
-    kind = torch.randint(0, len(kinds), (b, 1), generator=g, device="cuda")
-    scores = kinds[0]
-    for i in range(1, len(kinds)):
-        scores = torch.where(kind == i, kinds[i], scores)
-    order = torch.randint(0, 8, (b, 1), generator=g, device="cuda")
-    ascending = scores.sort(-1).values
-    return torch.where(order == 0, ascending, torch.where(order == 1, ascending.flip(-1), scores))
-
-
 @pytest.mark.slow
 @gpu_backends("select_tokens")
 def test_many_random_rows(backend):
     """SPECVLM_TEST_ROWS=1000000 compares that many with the reference; about 20,000 unless it is set."""
-    wanted, done, turn = int(os.environ.get("SPECVLM_TEST_ROWS", "20000")), 0, 0
+    wanted, done, turn = many_rows(), 0, 0
     g, choose = torch.Generator("cuda").manual_seed(7), rng(7)
 
     def number(low: int, high: int) -> int:
@@ -283,7 +266,7 @@ def test_many_random_rows(backend):
         b, v = [(1 << 14, number(1, 300)), (1 << 14, number(1, 64)), (number(1, 16), number(4097, 150_000)),
                 (1 << 10, number(300, 4500)), (number(1, 3), number(32_769, 1 << 20))][turn % 5]  # fmt: skip
         turn += 1
-        scores = random_batch(b, v, g)
+        scores = hard_random_rows(b, v, g)
         mask = None
         if number(0, 1):
             mask = torch.rand(b, v, generator=g, device="cuda") < number(1, 99) / 100

@@ -7,10 +7,13 @@ from kit import (
     backends,
     bitwise_equal_reruns,
     gpu_backends,
+    hard_random_rows,
+    many_rows,
     randint,
     randn,
     random_tree,
     replayed,
+    rng,
     with_both_poisons,
 )
 
@@ -218,3 +221,42 @@ def test_real_sizes_in_a_graph(backend):
         assert int(want.length.min()) > 0
         for a, b in zip(got, want):
             assert torch.equal(a, b)
+
+
+def compare_random_trees(wanted: int, backend: str, device: str) -> int:
+    """Verdicts over so many rows of many kinds, equal to the reference's; returns how many nodes were accepted."""
+    done, turn, accepted, g, choose = 0, 0, 0, torch.Generator(device).manual_seed(6), rng(6)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=choose))
+
+    while done < wanted:
+        n = number(1, 40)
+        b, vocab = [(4096 // n + 1, number(1, 300)), (4096 // n + 1, number(1, 6)), (1, number(8193, 150_000))][
+            turn % 3
+        ]
+        turn += 1
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[number(0, 2)]
+        logits = hard_random_rows(b * n, vocab, g).to(dtype).view(b, n, vocab)
+        parents = (torch.rand(b, n, generator=g, device=device) * torch.arange(n, device=device)).int()
+        parents[:, 0] = -1
+        best = logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf")).argmax(-1)
+        guess = torch.randint(0, vocab, (b, n), generator=g, device=device)
+        right = torch.rand(b, n, generator=g, device=device) < 0.7
+        tokens = torch.where(right, best.gather(1, parents.clamp(min=0).long()), guess)
+        got = sk.verify_greedy(logits, tokens, parents, backend=backend)
+        want = sk.reference.verify_greedy(logits, tokens, parents)
+        assert all(map(torch.equal, got, want)), f"b={b}, n={n}, vocab={vocab}, {dtype}, turn={turn}"
+        done, accepted = done + b * n, accepted + int(got.length.sum())
+    return accepted
+
+
+@pytest.mark.slow
+@gpu_backends("verify_greedy")
+def test_many_random_trees(backend):
+    """SPECVLM_TEST_ROWS=1000000 compares that many with the reference; about 20,000 unless it is set."""
+    compare_random_trees(many_rows(), backend, "cuda")
+
+
+def test_the_comparison_of_random_trees():
+    assert compare_random_trees(20_000, "torch", "cpu") > 1000
