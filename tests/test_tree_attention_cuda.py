@@ -168,12 +168,32 @@ def test_one_logit_far_from_all_others(position, sign, cuda_kernel):
         check((out, lse), q, k, v, lens, None, softmax_scale=2.5)
 
 
+# Nodes, and a context so short that it and the tree share a tile that a run begins with, and the tree reaches into the
+# next: 72 columns a warpgroup with padding, rows on the 64-row side with padding, 80 columns (128 positions) with
+# padding, and few columns.
+STRADDLING = [(26, 50), (48, 100), (60, 100), (4, 62)]
+
+
+@pytest.mark.parametrize("nodes,short", STRADDLING)
+def test_what_other_kernels_left_in_shared_memory(nodes, short, cuda_kernel):
+    """Matrix products leave their operands in the shared memory of every SM: no bit may depend on them."""
+    q, k, v, lens, words = problem(3, nodes, 4096, 40, 8, 128, [4000, short, 2500])
+    patterns = [torch.full((4096, 4096), x, device=DEVICE, dtype=torch.bfloat16) for x in (0.0, float("nan"), -3e38)]
+    patterns.append(torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16))
+    results = []
+    for pattern in patterns:
+        pattern @ pattern
+        results.append(sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda"))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
 @gpu_backends("tree_attention")
-@pytest.mark.parametrize("nodes", [26, 48, 64])
+@pytest.mark.parametrize("nodes,short", STRADDLING)
 @pytest.mark.parametrize("page_size", [0, 1, 4])
-def test_a_thousand_reruns_beside_other_work(page_size, nodes, backend):
+def test_a_thousand_reruns_beside_other_work(page_size, nodes, short, backend):
     """Bitwise the same while another stream keeps the GPU busy; a missing barrier shows here."""
-    q, k, v, lens, words = problem(3, nodes, 4096, 40, 8, 128, [4000, 100, 2500])
+    q, k, v, lens, words = problem(3, nodes, 4096, 40, 8, 128, [4000, short, 2500])
     table = None
     if page_size:
         (k, table), (v, _) = paged(k, page_size), paged(v, page_size)
