@@ -15,7 +15,7 @@ from rich.table import Table
 import specvlm_kernels as sk
 
 from . import environment
-from .cases import Thunk
+from .cases import Call, Thunk
 from .runner import Options, cases_of
 
 MUST_US = 15
@@ -46,17 +46,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _nothing() -> None:
-    """For a call that moves nothing on."""
-
-
 def measure(options: Options) -> dict[str, Any]:
     """A record with one entry per op and backend, None being the call's own choice; for each op's first shape.
 
     The first entry is a yardstick for the host: one small op of torch's own.
     """
     x = torch.zeros(16, device=options.device)
-    mean, fastest = cpu_us(lambda: x.add_(1), _nothing, options.device)
+    mean, fastest = cpu_us(lambda: x.add_(1), Call((x,)).restore, options.device)
     entries = [{"op": "torch", "label": YARDSTICK, "backend": "torch", "mean_us": mean, "fastest_us": fastest}]
     for op in options.ops:
         case = cases_of(op, options)[0]

@@ -47,10 +47,6 @@ std::vector<std::string> architectures() {
   return names;
 }
 
-specvlm::TreeAttentionStrides tree_attention_strides(const Strides& s) {
-  return {std::get<0>(s), std::get<1>(s), std::get<2>(s)};
-}
-
 struct TreeAttentionCall {
   specvlm::TreeAttentionParams params;
   specvlm::TreeAttentionPlan plan;
@@ -165,10 +161,10 @@ void bind_tree_attention(py::module_& m) {
                        int max_pages, float scale, bool bfloat16) {
              TreeAttentionCall call{{}, plan};
              auto& p = call.params;
-             p.q_strides = tree_attention_strides(q_strides);
-             p.k_strides = tree_attention_strides(k_strides);
-             p.v_strides = tree_attention_strides(v_strides);
-             p.out_strides = tree_attention_strides(out_strides);
+             std::tie(p.q_strides.batch, p.q_strides.token, p.q_strides.head) = q_strides;
+             std::tie(p.k_strides.batch, p.k_strides.token, p.k_strides.head) = k_strides;
+             std::tie(p.v_strides.batch, p.v_strides.token, p.v_strides.head) = v_strides;
+             std::tie(p.out_strides.batch, p.out_strides.token, p.out_strides.head) = out_strides;
              p.mask_batch_stride = mask_batch_stride;
              p.mask_node_stride = mask_node_stride;
              p.page_table_stride = page_table_stride;

@@ -198,6 +198,12 @@ def replayed(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
+def die(seed: int) -> Callable[[int, int], int]:
+    """Throws numbers from low to high, both included."""
+    choose = rng(seed)
+    return lambda low, high: int(torch.randint(low, high + 1, (), generator=choose))
+
+
 def many_rows() -> int:
     """Rows that a comparison of many with the reference takes: SPECVLM_TEST_ROWS, or 20,000."""
     return int(os.environ.get("SPECVLM_TEST_ROWS", "20000"))

@@ -9,13 +9,13 @@ from kit import (
     assert_close_enough,
     backends,
     bitwise_equal_reruns,
+    die,
     gpu_backends,
     hard_random_rows,
     many_rows,
     randint,
     randn,
     replayed,
-    rng,
     with_both_poisons,
 )
 
@@ -214,10 +214,7 @@ def test_the_cuda_kernel_says_what_it_cannot_take():
 
 def compare_random_rows(wanted: int, backend: str, device: str) -> None:
     """Ids of rows of many kinds, equal to the reference's."""
-    done, turn, g, choose = 0, 0, torch.Generator(device).manual_seed(5), rng(5)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=choose))
+    done, turn, g, number = 0, 0, torch.Generator(device).manual_seed(5), die(5)
 
     while done < wanted:
         # mostly short rows, for their number; among them rows of several tiles

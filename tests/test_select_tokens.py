@@ -11,6 +11,7 @@ from kit import (
     Guarded,
     backends,
     bitwise_equal_reruns,
+    die,
     gpu_backends,
     hard_random_rows,
     many_rows,
@@ -256,10 +257,7 @@ def test_batches(b, v, backend):
 def test_many_random_rows(backend):
     """SPECVLM_TEST_ROWS=1000000 compares that many with the reference; about 20,000 unless it is set."""
     wanted, done, turn = many_rows(), 0, 0
-    g, choose = torch.Generator("cuda").manual_seed(7), rng(7)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=choose))
+    g, number = torch.Generator("cuda").manual_seed(7), die(7)
 
     while done < wanted:
         # mostly short rows, for their number; among them rows for a cluster, and for many CTAs

@@ -6,6 +6,7 @@ from kit import (
     Guarded,
     backends,
     bitwise_equal_reruns,
+    die,
     gpu_backends,
     hard_random_rows,
     many_rows,
@@ -13,7 +14,6 @@ from kit import (
     randn,
     random_tree,
     replayed,
-    rng,
     with_both_poisons,
 )
 
@@ -225,10 +225,7 @@ def test_real_sizes_in_a_graph(backend):
 
 def compare_random_trees(wanted: int, backend: str, device: str) -> int:
     """Verdicts over so many rows of many kinds, equal to the reference's; returns how many nodes were accepted."""
-    done, turn, accepted, g, choose = 0, 0, 0, torch.Generator(device).manual_seed(6), rng(6)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=choose))
+    done, turn, accepted, g, number = 0, 0, 0, torch.Generator(device).manual_seed(6), die(6)
 
     while done < wanted:
         n = number(1, 40)
