@@ -218,9 +218,7 @@ def compare_random_rows(wanted: int, backend: str, device: str) -> None:
 
     while done < wanted:
         # mostly short rows, for their number; among them rows of several tiles
-        b, vocab = [(1 << 13, number(1, 300)), (1 << 13, number(1, 64)), (number(1, 8), number(8193, 150_000))][
-            turn % 3
-        ]
+        b, vocab = [(4096, number(1, 300)), (4096, number(1, 64)), (number(1, 8), number(8193, 150_000))][turn % 3]
         turn += 1
         dtype = (torch.float32, torch.bfloat16, torch.float16)[number(0, 2)]
         rows, k = hard_random_rows(b, vocab, g).to(dtype), number(1, min(64, vocab))

@@ -229,9 +229,7 @@ def compare_random_trees(wanted: int, backend: str, device: str) -> int:
 
     while done < wanted:
         n = number(1, 40)
-        b, vocab = [(4096 // n + 1, number(1, 300)), (4096 // n + 1, number(1, 6)), (1, number(8193, 150_000))][
-            turn % 3
-        ]
+        b, vocab = [(4096 // n, number(1, 300)), (4096 // n, number(1, 6)), (1, number(8193, 150_000))][turn % 3]
         turn += 1
         dtype = (torch.float32, torch.bfloat16, torch.float16)[number(0, 2)]
         logits = hard_random_rows(b * n, vocab, g).to(dtype).view(b, n, vocab)
