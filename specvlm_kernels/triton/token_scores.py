@@ -32,7 +32,7 @@ def _scores(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products of all keys of the tile with packed rows r: (s [positions, rows], lse in log2, which rows count)."""
+    """Products of all keys of the tile with packed rows r, and -lse in log2, -inf for rows that do not count."""
     d = tl.arange(0, BLOCK_D)
     inside = r < rows
     query = (r // GROUP).to(tl.int64)
@@ -43,7 +43,7 @@ def _scores(
     counted = tl.abs(row_lse) != float("inf")
     if query_mask is not None:
         counted = counted & (tl.load(query_mask + query * mask_t, mask=inside, other=0) != 0)
-    return dot(keys, tl.trans(queries), None, PRECISION), row_lse * LOG2E, counted
+    return dot(keys, tl.trans(queries), None, PRECISION), tl.where(counted, row_lse * -LOG2E, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "pages", "tiles", "span_start", "span_len"])
@@ -101,7 +101,7 @@ def _scores_kernel(
     keys = k + head.to(tl.int64) * k_head + row[:, None] + d[None, :]
     keys = tl.load(keys, mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
-    acc = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # one sum over the rows, at the end
     rows = queries * GROUP
     q += request.to(tl.int64) * q_b
     lse += request.to(tl.int64) * lse_b
@@ -112,21 +112,20 @@ def _scores_kernel(
     middle = tl.minimum(tl.cdiv(tl.maximum(hidden, 0) * GROUP, BLOCK_M) * BLOCK_M, rows)
     for first in tl.range(0, middle, BLOCK_M, num_stages=1):
         r = first + tl.arange(0, BLOCK_M)
-        s, row_lse, counted = _scores(
+        s, minus_lse = _scores(
             keys, r, rows, head, q, q_t, q_h, lse, lse_t, query_mask, mask_t, HEAD_DIM, BLOCK_D, GROUP, PRECISION
         )
-        share = tl.exp2(s * scale - row_lse[None, :])
-        counts = counted[None, :] & (pos[:, None] <= (context + r // GROUP)[None, :])
-        acc += tl.sum(tl.where(counts, share, 0.0), 1)
+        counts = (minus_lse > float("-inf"))[None, :] & (pos[:, None] <= (context + r // GROUP)[None, :])
+        acc += tl.where(counts, tl.exp2(s * scale + minus_lse[None, :]), 0.0)
     for first in tl.range(middle, rows, BLOCK_M):
         r = first + tl.arange(0, BLOCK_M)
-        s, row_lse, counted = _scores(
+        s, minus_lse = _scores(
             keys, r, rows, head, q, q_t, q_h, lse, lse_t, query_mask, mask_t, HEAD_DIM, BLOCK_D, GROUP, PRECISION
         )
-        share = tl.exp2(s * scale - row_lse[None, :])
-        acc += tl.sum(tl.where(counted[None, :], share, 0.0), 1)
+        # a row that does not count may hold NaN
+        acc += tl.where(minus_lse[None, :] > float("-inf"), tl.exp2(s * scale + minus_lse[None, :]), 0.0)
     part = partial + (head.to(tl.int64) * batch + request) * span_len + column
-    tl.store(part, tl.where(seen, acc, 0.0), mask=column < span_len)
+    tl.store(part, tl.where(seen, tl.sum(acc, 1), 0.0), mask=column < span_len)
 
 
 @triton.jit(do_not_specialize=["queries", "span_len"])
@@ -170,12 +169,12 @@ def config(rows: int, head_dim: int, item: int) -> dict[str, Any]:
     Returns BLOCK_M (queries times heads of a group), BLOCK_N (cache positions), num_warps, num_stages.
     """
     block_d = triton.next_power_of_2(head_dim)
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_m = min(32, max(16, triton.next_power_of_2(rows)))
     if item == 4:  # no tensor cores: operands live in registers
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if block_d > 128:
         return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": block_m, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": block_m, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 
 
 def token_scores(
