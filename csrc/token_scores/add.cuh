@@ -12,6 +12,9 @@ constexpr int kAddHeads = 8;  // partial scores in flight per thread
 
 template <bool OVERLAP>
 __global__ void __launch_bounds__(kAddThreads) token_scores_add_kernel(const __grid_constant__ TokenScoresParams p) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (OVERLAP) asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
   const int request = blockIdx.y, column = blockIdx.x * kAddThreads + threadIdx.x;
   int counted = p.queries;  // |Q|
   if (p.query_mask != nullptr) {

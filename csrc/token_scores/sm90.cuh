@@ -71,6 +71,17 @@ __device__ constexpr bool by_polynomial(int i) {
   return kOrder[(i % 8) ^ (i / 8 % 2 * 2)] < POLYNOMIAL;
 }
 
+// For one warp of each CTA, while the kernel before may still run: asks for the CTA's share of the lse to be brought
+// into the L2.
+__device__ __forceinline__ void bring_lse_near(const TokenScoresParams& p) {
+  const int sectors = (p.q_heads + 7) / 8;  // of a query, 32 bytes each
+  const int most = static_cast<int>(min(std::int64_t{p.batch} * p.queries * sectors, std::int64_t{1} << 20));
+  for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < most; i += gridDim.x * 32) {
+    const int row = i / sectors, request = row / p.queries, query = row - request * p.queries;
+    prefetch_to_l2(p.lse + request * p.lse_batch_stride + query * p.lse_token_stride + (i - row * sectors) * 8);
+  }
+}
+
 template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>
 __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     token_scores_kernel(const __grid_constant__ TokenScoresParams p, const __grid_constant__ TokenScoresPlan plan,
@@ -106,6 +117,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
         make_uint4(0, 0, 0, 0);
   }
   ptx::fence_proxy_async(ptx::space_shared);
+  if (threadIdx.x / 32 == kConsumers / 32 + 1) bring_lse_near(p);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
   if (threadIdx.x < 32) {                               // units before each request: a scan over the batch
     int before = 0;
@@ -287,11 +299,12 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
           if (i / 4 * 8 + i % 2 < hidden[i / 2 % 2]) acc[i] = hiding;
       };
       float sums[2] = {0.0f, 0.0f};  // of the two positions
-      auto add_shares = [&](const float (&acc)[N / 2], int block) {
-        const auto* lse = reinterpret_cast<const float4*>(lse_shared + block * N) + lane % 4;
+      auto lse_of = [&](int block) { return reinterpret_cast<const float4*>(lse_shared + block * N) + lane % 4; };
+      auto add_shares = [&](const float (&acc)[N / 2], int block, float4 first_lse) {
+        const float4* lse = lse_of(block);
 #pragma unroll
         for (int i = 0; i < N / 2; i += 8) {
-          const float4 minus = lse[i / 2];
+          const float4 minus = i == 0 ? first_lse : lse[i / 2];
           float share[8];
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -329,8 +342,14 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
         return true;
       };
       auto step = [&](const float (&now)[N / 2], float (&next)[N / 2]) {
+        const int before = (block == 0 ? blocks : block) - 1;
+        // With registers to spare it is read ahead of the product: the first exponentials would wait for it.
+        constexpr bool kAhead = N < 128;
+        float4 first_lse;
+        if constexpr (kAhead) first_lse = *lse_of(before);
         multiply(next, block);
-        add_shares(now, (block == 0 ? blocks : block) - 1);
+        if constexpr (!kAhead) first_lse = *lse_of(before);
+        add_shares(now, before, first_lse);
         wgmma_wait<0>();
         wgmma_keep(next);
         wgmma_keep(keys);
@@ -354,7 +373,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
           }
           step(odd, even);
         }
-        add_shares(even, blocks - 1);
+        add_shares(even, blocks - 1, *lse_of(blocks - 1));
         finish_tile(tile - WARPGROUPS);
       }
       if (threadIdx.x == 0)  // chunks that no block needed must have come, too, before the next ones or the exit
