@@ -53,7 +53,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
     workers=(-n "$((cores < 14 ? cores : 14))")
 fi
-step tests 240 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
+step tests 340 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
 
 if command -v compute-sanitizer >/dev/null; then
     # API errors are left out: PyTorch asks for things that some drivers refuse, and copes
@@ -66,7 +66,7 @@ fi
 step small-steps 20 "$python" -m bench --small-steps --json "$out/small_steps.json"
 step overhead 20 "$python" -m bench --overhead --json "$out/overhead.json"
 
-# What is left is the benchmark's: about 200 s, of which it compiles for a third at most (see bench/ahead.py). It
+# What is left is the benchmark's: 100 to 200 s, of which it compiles for a third at most (see bench/ahead.py). It
 # starts no case in the last 30 s.
 time_left=$(left)
 seconds=$((time_left - 30 < 330 ? time_left - 30 : 330))
