@@ -71,15 +71,18 @@ __device__ constexpr bool by_polynomial(int i) {
   return kOrder[(i % 8) ^ (i / 8 % 2 * 2)] < POLYNOMIAL;
 }
 
-// For one warp of each CTA, while the kernel before may still run: asks for the CTA's share of the lse to be brought
-// into the L2.
-__device__ __forceinline__ void bring_lse_near(const TokenScoresParams& p) {
-  const int sectors = (p.q_heads + 7) / 8;  // of a query, 32 bytes each
-  const int most = static_cast<int>(min(std::int64_t{p.batch} * p.queries * sectors, std::int64_t{1} << 20));
-  for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < most; i += gridDim.x * 32) {
-    const int row = i / sectors, request = row / p.queries, query = row - request * p.queries;
-    prefetch_to_l2(p.lse + request * p.lse_batch_stride + query * p.lse_token_stride + (i - row * sectors) * 8);
-  }
+// For one warp of each CTA, while the kernel before may still run: asks for the lse of the CTA's first head to be
+// brought near. Every CTA for itself: what another one asked for helps little. With few queries the lse is soon there
+// anyway.
+__device__ __forceinline__ void bring_lse_near(const TokenScoresParams& p, int tile_queries, int group) {
+  constexpr int kFew = 8;
+  if (p.queries <= kFew) return;
+  // where the line's cut falls if all requests are equally long
+  const int item = static_cast<int>(static_cast<std::int64_t>(blockIdx.x) * p.batch * p.kv_heads / gridDim.x);
+  const int request = item / p.kv_heads;
+  const float* lse = p.lse + request * p.lse_batch_stride + (item - request * p.kv_heads) * group;
+  for (int query = threadIdx.x % 32; query < min(p.queries, tile_queries); query += 32)
+    prefetch_to_l2(lse + query * p.lse_token_stride);
 }
 
 template <typename T, int D, int N, int WARPGROUPS, int POLYNOMIAL>
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
         make_uint4(0, 0, 0, 0);
   }
   ptx::fence_proxy_async(ptx::space_shared);
-  if (threadIdx.x / 32 == kConsumers / 32 + 1) bring_lse_near(p);
+  if (threadIdx.x / 32 == kConsumers / 32 + 1) bring_lse_near(p, plan.tile_queries, group);
   asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
   if (threadIdx.x < 32) {                               // units before each request: a scan over the batch
     int before = 0;
