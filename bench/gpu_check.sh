@@ -53,7 +53,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
     workers=(-n "$((cores < 14 ? cores : 14))")
 fi
-step tests 340 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
+step tests 300 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
 
 if command -v compute-sanitizer >/dev/null; then
     # API errors are left out: PyTorch asks for things that some drivers refuse, and copes
@@ -63,17 +63,18 @@ else
     echo "== memcheck: skipped, compute-sanitizer was not found"
 fi
 
-step small-steps 20 "$python" -m bench --small-steps --json "$out/small_steps.json"
-step overhead 20 "$python" -m bench --overhead --json "$out/overhead.json"
+commit=()
+[ -n "${BENCH_COMMIT:-}" ] && commit=(--commit "$BENCH_COMMIT")
+step small-steps 20 "$python" -m bench --small-steps --json "$out/small_steps.json" "${commit[@]}"
+step overhead 20 "$python" -m bench --overhead --json "$out/overhead.json" "${commit[@]}"
 
-# What is left is the benchmark's: 100 to 200 s, of which it compiles for a third at most (see bench/ahead.py). It
+# What is left is the benchmark's: about 200 s, of which it compiles for a third at most (see bench/ahead.py). It
 # starts no case in the last 30 s.
 time_left=$(left)
 seconds=$((time_left - 30 < 330 ? time_left - 30 : 330))
 bench=("$python" -m bench --json "$out/bench.json" --plot "$out/bench.png" --max-seconds "$seconds")
 [ "$time_left" -lt 200 ] && bench+=(--quick)
-[ -n "${BENCH_COMMIT:-}" ] && bench+=(--commit "$BENCH_COMMIT")
-step bench "$time_left" "${bench[@]}"
+step bench "$time_left" "${bench[@]}" "${commit[@]}"
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"

@@ -74,7 +74,7 @@ def print_record(record: Record, console: Console) -> None:
     for name, reason in record["missing_peers"].items():
         console.print(f"missing peer: {name}: {reason}")
     if "aborted" in record:
-        console.print(f"[red]stopped early, the GPU failed: {record['aborted']}")
+        console.print(f"[red]stopped early: {record['aborted']}")
     console.print(f"{record['wall_s']} s; ~ marks calls that cannot be captured in a CUDA graph (host time included)")
 
 

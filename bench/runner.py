@@ -104,6 +104,9 @@ class Runner:
         except DeviceLostError as error:
             self.record["aborted"] = str(error)
             rows = []
+        except KeyboardInterrupt:  # from a time limit outside, say: what was measured is kept
+            self.record["aborted"] = "interrupted"
+            rows = []
         # What torch.compile makes of a peer can bring the GPU down with it (an index out of bounds is a device-side
         # assert): last, when there is nothing else to lose.
         with contextlib.suppress(DeviceLostError):

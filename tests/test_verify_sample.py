@@ -333,7 +333,8 @@ def many_cases(device, backend, cases, largest):
 
 @gpu_backends("verify_sample")
 def test_disagreements_with_the_reference_are_at_edges(backend):
-    requests, differing = many_cases("cuda", backend, 200, 20011)
+    # each case is a kernel of its own for Triton, a second or two to compile
+    requests, differing = many_cases("cuda", backend, 30 if backend == "triton" else 200, 20011)
     print(f"{differing} of {requests} requests differ from the reference, each at an edge")
     assert differing <= requests / 20
 
