@@ -18,19 +18,19 @@ Task = tuple[Callable[..., None], tuple[Any, ...]]
 MOST_JOBS = min(10, os.cpu_count() or 1)  # each holds a CUDA context and a set of inputs
 
 
-def run(tasks: list[Task], jobs: int, seconds: float) -> int:
-    """Runs tasks side by side for at most so long; returns how many ended. What fails is tried again where it counts.
+def run(tasks: list[Task], jobs: int, seconds: float) -> list[bool]:
+    """Runs tasks side by side for at most so long; says which ended. What fails is tried again where it counts.
 
     A process that dies takes its task with it, and the time limit ends the wait for it.
     """
     if not tasks:
-        return 0
+        return []
     deadline = time.monotonic() + seconds
     with multiprocessing.get_context("spawn").Pool(min(jobs, len(tasks))) as pool:
         results = [pool.apply_async(_quietly, task) for task in tasks]
         for result in results:
             result.wait(max(0.0, deadline - time.monotonic()))
-        return sum(result.ready() for result in results)
+        return [result.ready() for result in results]
 
 
 def _quietly(task: Callable[..., None], arguments: tuple[Any, ...]) -> None:

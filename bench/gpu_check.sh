@@ -51,7 +51,7 @@ fi
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then
     cores=$(nproc)
-    workers=(-n "$((cores < 14 ? cores : 14))")
+    workers=(-n "$((cores < 14 ? cores : 14))" --dist worksteal)  # nothing waits behind a slow test
 fi
 step tests 300 "$python" -m pytest tests -m gpu "${workers[@]}" --tb=short --durations=5
 

@@ -72,6 +72,7 @@ class Runner:
     record: dict[str, Any] = field(default_factory=dict)
     checked: dict[Any, list[str]] = field(default_factory=dict)
     agreed: dict[Any, bool] = field(default_factory=dict)
+    unbuilt: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         options = self.options
@@ -89,7 +90,9 @@ class Runner:
         """Compiles, then checks and times everything; rows past the time limit are listed as not run."""
         began = time.perf_counter()
         if self.chip and self.options.jobs > 1:
-            ahead.run(tasks_ahead(self.options), self.options.jobs, self.options.ahead_seconds)
+            tasks = tasks_ahead(self.options)
+            ended = ahead.run([task for _, task in tasks], self.options.jobs, self.options.ahead_seconds)
+            self.unbuilt = {peer for (peer, _), done in zip(tasks, ended) if peer and not done}
             self.record["compiled_s"] = round(time.perf_counter() - began, 1)
             print(f"compiled for {self.record['compiled_s']} s", file=sys.stderr, flush=True)
         rows = [(case, self._new_row(case)) for op in self.options.ops for case in cases_of(op, self.options)]
@@ -199,6 +202,8 @@ class Runner:
             if peer.compiled != compiled:
                 continue
             missing = peer.missing()
+            if not missing and peer.name in self.unbuilt:  # minutes, once more, in the middle of the measurements
+                missing = f"not built within {self.options.ahead_seconds:.0f} s"
             if missing:
                 self.record["missing_peers"][peer.name] = missing
             elif peer.fits(case) is None:
@@ -238,8 +243,11 @@ class Runner:
         return peer.build(case, calls)
 
 
-def tasks_ahead(options: Options) -> list[ahead.Task]:
-    """What is worth compiling in other processes, the longest first: modules of peers, graphs, then our own kernels."""
+def tasks_ahead(options: Options) -> list[tuple[str, ahead.Task]]:
+    """What is worth compiling in other processes, the longest first: modules of peers, graphs, then our own kernels.
+
+    A module comes with the name of its peer, everything else with "".
+    """
     modules: dict[tuple[str, str], ahead.Task] = {}
     graphs: list[ahead.Task] = []
     own: list[ahead.Task] = []
@@ -255,7 +263,8 @@ def tasks_ahead(options: Options) -> list[ahead.Task]:
                     graphs.append((compile_peer, (op, i, peer.name, options)))
         rows = [i for i, case in enumerate(cases) if not case.sweep]
         own += [(compile_own, (op, rows[first::OWN_TASKS], options)) for first in range(OWN_TASKS)]
-    return [*modules.values(), *graphs, *own]
+    named = [(peer, task) for (_, peer), task in modules.items()]
+    return [*named, *(("", task) for task in [*graphs, *own])]
 
 
 def compile_peer(op: str, index: int, name: str, options: Options) -> None:

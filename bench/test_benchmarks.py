@@ -188,14 +188,39 @@ def test_ahead_of_time_work_is_bounded_and_quiet(tmp_path: Path) -> None:
     done = tmp_path / "done"
     tasks = [(Path.write_text, (done, "x")), (Path.read_text, (tmp_path / "missing",)), (time.sleep, (600,))]
     began = time.monotonic()
-    assert ahead.run(tasks, 2, 10.0) == 2 and done.read_text() == "x"
-    assert time.monotonic() - began < 60 and ahead.run([], 2, 10.0) == 0
-    tasks = tasks_ahead(Options(["select_tokens"], CPU.device))
+    assert ahead.run(tasks, 2, 10.0) == [True, True, False] and done.read_text() == "x"
+    assert time.monotonic() - began < 60 and ahead.run([], 2, 10.0) == []
+    tasks = [task for _, task in tasks_ahead(Options(["select_tokens"], CPU.device))]
     assert {task for task, _ in tasks} == {compile_peer, compile_own}
     rows = [row for task, arguments in tasks if task is compile_own for row in arguments[1]]
     assert sorted(rows) == list(range(len(bench_select_tokens.CASES)))
-    for task, arguments in tasks_ahead(replace(CPU, ops=["verify_greedy"])):
+    for _, (task, arguments) in tasks_ahead(replace(CPU, ops=["verify_greedy"])):
         task(*arguments)
+
+
+def test_a_peer_that_was_not_built_in_time_is_named_and_left_out() -> None:
+    options = replace(CPU, ops=["compact_kv"], seconds=0.01, ahead_seconds=7.0)
+    first = peers_of(cases_of("compact_kv", options)[0], options)[0].name
+    record = Runner(options, unbuilt={first}).run()
+    assert record["missing_peers"][first] == "not built within 7 s"
+    assert all(first not in row["peers"] for row in record["results"])
+
+
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(replace(CPU, ops=["compact_kv"], seconds=0.01, peers=False))
+    measure, rows = runner._run_case, []
+
+    def interrupted(case: Case, row: dict[str, Any]) -> None:
+        rows.append(row)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        measure(case, row)
+
+    monkeypatch.setattr(runner, "_run_case", interrupted)
+    record = runner.run()
+    assert record["aborted"] == "interrupted" and report.is_failure(record)
+    assert record["results"][0]["status"] == "ok" and record["results"][0]["us"] > 0
+    assert {row["status"] for row in record["results"][1:]} == {"not run"}
 
 
 def test_a_record_of_decoding_has_a_table_of_its_own() -> None:
