@@ -27,7 +27,7 @@ CLIP ?= clip_0.mp4
 QUESTION ?= What happens in the video?
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest tests bench --benchmark-disable -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
