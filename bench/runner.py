@@ -104,21 +104,19 @@ class Runner:
                     row["detail"] = f"the {self.options.max_seconds:.0f} s for the whole run were over"
                     continue
                 self._run_case(case, row)
+            # What torch.compile makes of a peer can bring the GPU down with it (an index out of bounds is a device-side
+            # assert): last, when there is nothing else to lose.
+            with contextlib.suppress(DeviceLostError):
+                for case, row in rows:
+                    if row["status"] == "ok" and any(peer.compiled for peer in peers_of(case, self.options)):
+                        if time.perf_counter() - began > self.options.max_seconds:
+                            break
+                        free_memory()
+                        self._time_peers(case, row, self._sets(case), compiled=True)
         except DeviceLostError as error:
             self.record["aborted"] = str(error)
-            rows = []
         except KeyboardInterrupt:  # from a time limit outside, say: what was measured is kept
             self.record["aborted"] = "interrupted"
-            rows = []
-        # What torch.compile makes of a peer can bring the GPU down with it (an index out of bounds is a device-side
-        # assert): last, when there is nothing else to lose.
-        with contextlib.suppress(DeviceLostError):
-            for case, row in rows:
-                if row["status"] == "ok" and any(peer.compiled for peer in peers_of(case, self.options)):
-                    if time.perf_counter() - began > self.options.max_seconds:
-                        break
-                    free_memory()
-                    self._time_peers(case, row, self._sets(case), compiled=True)
         self.record["wall_s"] = round(time.perf_counter() - began, 1)
         return self.record
 

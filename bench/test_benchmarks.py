@@ -223,6 +223,21 @@ def test_an_interrupted_run_keeps_what_it_measured(monkeypatch: pytest.MonkeyPat
     assert {row["status"] for row in record["results"][1:]} == {"not run"}
 
 
+def test_an_interruption_among_the_compiled_peers_keeps_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(replace(CPU, ops=["select_tokens"], seconds=0.01, all_peers=True))
+    time_peers = runner._time_peers
+
+    def interrupted(case: Case, row: dict[str, Any], calls: list[Any], compiled: bool) -> None:
+        if compiled:
+            raise KeyboardInterrupt
+        time_peers(case, row, calls, compiled)
+
+    monkeypatch.setattr(runner, "_time_peers", interrupted)
+    record = runner.run()
+    assert record["aborted"] == "interrupted"
+    assert {row["status"] for row in record["results"]} == {"ok"}
+
+
 def test_a_record_of_decoding_has_a_table_of_its_own() -> None:
     row = {
         "target": "big",
