@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _scores(
+def _shares(
     keys,
     r,
     rows,
@@ -27,12 +27,13 @@ def _scores(
     lse_t,
     query_mask,
     mask_t,
+    scale,  # times log2(e)
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products of all keys of the tile with packed rows r, and -lse in log2, -inf for rows that do not count."""
+    """exp(scale * q.k - lse) [positions, rows] of packed rows r; 0 for rows that do not count, which may hold NaN."""
     d = tl.arange(0, BLOCK_D)
     inside = r < rows
     query = (r // GROUP).to(tl.int64)
@@ -43,7 +44,9 @@ def _scores(
     counted = tl.abs(row_lse) != float("inf")
     if query_mask is not None:
         counted = counted & (tl.load(query_mask + query * mask_t, mask=inside, other=0) != 0)
-    return dot(keys, tl.trans(queries), None, PRECISION), tl.where(counted, row_lse * -LOG2E, float("-inf"))
+    minus_lse = tl.where(counted, row_lse * -LOG2E, float("-inf"))[None, :]
+    s = dot(keys, tl.trans(queries), None, PRECISION)
+    return tl.where(minus_lse > float("-inf"), tl.exp2(s * scale + minus_lse), 0.0)
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "pages", "tiles", "span_start", "span_len"])
@@ -112,18 +115,15 @@ def _scores_kernel(
     middle = tl.minimum(tl.cdiv(tl.maximum(hidden, 0) * GROUP, BLOCK_M) * BLOCK_M, rows)
     for first in tl.range(0, middle, BLOCK_M, num_stages=1):
         r = first + tl.arange(0, BLOCK_M)
-        s, minus_lse = _scores(
-            keys, r, rows, head, q, q_t, q_h, lse, lse_t, query_mask, mask_t, HEAD_DIM, BLOCK_D, GROUP, PRECISION
+        shares = _shares(
+            keys, r, rows, head, q, q_t, q_h, lse, lse_t, query_mask, mask_t, scale, HEAD_DIM, BLOCK_D, GROUP, PRECISION
         )
-        counts = (minus_lse > float("-inf"))[None, :] & (pos[:, None] <= (context + r // GROUP)[None, :])
-        acc += tl.where(counts, tl.exp2(s * scale + minus_lse[None, :]), 0.0)
+        acc += tl.where(pos[:, None] <= (context + r // GROUP)[None, :], shares, 0.0)
     for first in tl.range(middle, rows, BLOCK_M):
         r = first + tl.arange(0, BLOCK_M)
-        s, minus_lse = _scores(
-            keys, r, rows, head, q, q_t, q_h, lse, lse_t, query_mask, mask_t, HEAD_DIM, BLOCK_D, GROUP, PRECISION
+        acc += _shares(
+            keys, r, rows, head, q, q_t, q_h, lse, lse_t, query_mask, mask_t, scale, HEAD_DIM, BLOCK_D, GROUP, PRECISION
         )
-        # a row that does not count may hold NaN
-        acc += tl.where(minus_lse[None, :] > float("-inf"), tl.exp2(s * scale + minus_lse[None, :]), 0.0)
     part = partial + (head.to(tl.int64) * batch + request) * span_len + column
     tl.store(part, tl.where(seen, tl.sum(acc, 1), 0.0), mask=column < span_len)
 
