@@ -30,8 +30,8 @@ void prepare_kernel(int dynamic_shared) {
   if (device < kDevices) allowed[device].store(dynamic_shared + 1, std::memory_order_relaxed);
 }
 
-// Launches a kernel that may start while the one before it in the stream drains: it must call griddepcontrol.wait
-// before it touches anything that the other wrote or reads.
+// Launches a kernel that may start while the one before it in the stream drains: it must wait for that one
+// (overlap.cuh) before it touches anything that the other wrote or reads.
 template <typename... Parameters, typename... Arguments>
 void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, int dynamic_shared, cudaStream_t stream,
                        const Arguments&... arguments) {

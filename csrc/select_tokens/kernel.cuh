@@ -1,6 +1,7 @@
 // The scores of a row are read once, by one or more CTAs; the keys stay in shared memory through both stages.
 #pragma once
 
+#include "common/overlap.cuh"
 #include "select_tokens/search.cuh"
 
 namespace specvlm {
@@ -134,10 +135,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   reinterpret_cast<uint4*>(s.counts)[threadIdx.x] = {0, 0, 0, 0};
   reinterpret_cast<uint4*>(s.low_bits)[threadIdx.x] = {0, 0, 0, 0};
   if (threadIdx.x == 0) s.rest_mass = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
-  asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
+  wait_for_launch_before();  // what is above overlaps with the kernel before
+  let_next_launch_start();
   const SelectTile<RESIDENT> tile(p, row, blockIdx.x, slots, dynamic + sizeof(SelectShared) / sizeof(uint4));
   tile.request();
   if constexpr (!team.kAlone) {

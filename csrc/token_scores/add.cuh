@@ -3,6 +3,7 @@
 
 #include "common/check.h"
 #include "common/launch.h"
+#include "common/overlap.cuh"
 #include "token_scores/span.cuh"
 
 namespace specvlm {
@@ -12,9 +13,7 @@ constexpr int kAddHeads = 8;  // partial scores in flight per thread
 
 template <bool OVERLAP>
 __global__ void __launch_bounds__(kAddThreads) token_scores_add_kernel(const __grid_constant__ TokenScoresParams p) {
-#if __CUDA_ARCH__ >= 900
-  if constexpr (OVERLAP) asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
+  if constexpr (OVERLAP) let_next_launch_start();
   const int request = blockIdx.y, column = blockIdx.x * kAddThreads + threadIdx.x;
   int counted = p.queries;  // |Q|
   if (p.query_mask != nullptr) {
@@ -29,9 +28,7 @@ __global__ void __launch_bounds__(kAddThreads) token_scores_add_kernel(const __g
   const bool seen = counted > 0 && column >= span.first(request) && column < span.end(request);
   float* out = p.out + request * p.out_batch_stride + column;
   const float before = seen ? *out : 0.0f;
-#if __CUDA_ARCH__ >= 900
-  if constexpr (OVERLAP) asm volatile("griddepcontrol.wait;\n" ::: "memory");  // for the partial scores
-#endif
+  if constexpr (OVERLAP) wait_for_launch_before();  // for the partial scores
   if (!seen) return;
 
   float sum = 0.0f;

@@ -16,6 +16,7 @@
 
 #include "common/hopper.cuh"
 #include "common/numeric.cuh"
+#include "common/overlap.cuh"
 #include "token_scores/span.cuh"
 
 namespace specvlm {
@@ -121,8 +122,8 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
   }
   ptx::fence_proxy_async(ptx::space_shared);
   if (threadIdx.x / 32 == kConsumers / 32 + 1) bring_lse_near(p, plan.tile_queries, group);
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
-  if (threadIdx.x < 32) {                               // units before each request: a scan over the batch
+  wait_for_launch_before();  // what is above overlaps with the kernel before
+  if (threadIdx.x < 32) {    // units before each request: a scan over the batch
     int before = 0;
     for (int first = 0; first < p.batch; first += 32) {
       const int request = first + threadIdx.x, tiles = request < p.batch ? span.tiles(request) : 0;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     if (threadIdx.x == 0) prefix[0] = 0;
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;\n");
+  let_next_launch_start();
 
   const int total = prefix[p.batch];
   const int first = static_cast<int>(static_cast<std::int64_t>(blockIdx.x) * total / gridDim.x);

@@ -5,6 +5,7 @@
 
 #include "common/launch.h"
 #include "common/numeric.cuh"
+#include "common/overlap.cuh"
 #include "tree_attention/sm90_producer.cuh"
 
 namespace specvlm {
@@ -61,9 +62,7 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   if (rows_of.count > 1) head = blockIdx.y / rows_of.count, row_tile = blockIdx.y % rows_of.count;
   const int first_row = row_tile * rows_of.rows + octet * 8;
   const int rows = min(min(8, rows_of.rows - octet * 8), p.nodes * rows_of.group - first_row);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
+  let_next_launch_start();
   if (threadIdx.x < 32) {
     const TeamLine line(p, rows_of);
     const Cut cut(ctas / rows_of.side, line.scan(prefix));
@@ -79,9 +78,7 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   __syncthreads();
   const int parts = place.y, live_rows = place.z;
   const int first = place.x * rows_of.side + row_tile % rows_of.side;  // CTA
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // every CTA: whoever waits for this kernel waits for both
-#endif
+  wait_for_launch_before();             // every CTA: whoever waits for this kernel waits for both
   if (parts == 1 || rows <= 0) return;  // written by its only CTA
 
   const int thread = threadIdx.x % 64, group = threadIdx.x / 64;

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
+#include "common/overlap.cuh"
 #include "tree_attention/sm90_ring.cuh"
 
 namespace specvlm {
@@ -184,7 +185,7 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
   volatile int *limit = prefix + p.batch + 1, *start = limit + 1;
   if (warp == 1) {
     bring_near<L>(line, q_map, q_map, q_map, prefix + line_ints(p.batch));
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    wait_for_launch_before();
     named_barrier(kCutRelay, 64);
     relay_tiles<L>(q_map, line, prefix, limit, start, shared);
     return;
@@ -198,7 +199,7 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
     __syncwarp();
     named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
   }
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
+  wait_for_launch_before();  // what is above overlaps with the kernel before
   if (warp == 0) {
     const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
     const int team = rows_of.side == 1 ? blockIdx.x : blockIdx.x / rows_of.side;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/hopper.cuh"
+#include "common/overlap.cuh"
 #include "tree_attention/sm90_ring.cuh"
 
 namespace specvlm {
@@ -57,7 +58,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   }
   __syncwarp();
   named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");  // what is above overlaps with the kernel before
+  wait_for_launch_before();  // what is above overlaps with the kernel before
   const TileSource<L::kTile> source{p, page_shift, min(page_shift, rows_of.tile_shift)};
   int unit;
   {

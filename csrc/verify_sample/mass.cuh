@@ -3,6 +3,7 @@
 
 #include "common/logits.cuh"
 #include "common/numeric.cuh"
+#include "common/overlap.cuh"
 #include "specvlm/verify_sample.h"
 
 namespace specvlm {
@@ -96,18 +97,6 @@ struct LogitKey {
     }
   }
 };
-
-// Where launches of a call overlap: the next one may start, and what the one before wrote is there.
-__device__ __forceinline__ void let_next_launch_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
-}
-__device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
 
 template <typename V>
 __device__ __forceinline__ V warp_prefix(V mine) {  // of the lanes up to this one
