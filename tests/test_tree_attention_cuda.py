@@ -71,6 +71,23 @@ def test_big_trees_and_long_texts(nodes, dtype, cuda_kernel):
         check(got, q, k, v, lens, mask, tree_lens=tree_lens)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("above", [(10.5,), (10.5, 30.0, 200.0)], ids=["a little", "more and more"])
+@pytest.mark.parametrize("who", [slice(None), slice(3), slice(-3, None)], ids=["all", "first", "last"])
+@pytest.mark.parametrize("hq,hkv,nodes", [(28, 4, 4), (28, 4, 26), (40, 8, 26), (40, 8, 64), (64, 8, 26), (64, 8, 48)])
+def test_scores_far_above_those_before(hq, hkv, nodes, who, above, dtype, cuda_kernel):
+    """Now and then a key whose scores (natural log) are so much larger that references have to move: those of all
+    nodes, or of nodes that one warpgroup has. With 10.5 the many others still have 1.5% of the weight."""
+    q, k, v, lens, words = problem(1, nodes, 20_000, hq, hkv, 128, [19_900], dtype)
+    q[..., 0] = 0.0
+    q[:, who, :, 0] = 128**0.5  # times the scale: 1
+    k[:, :19_900, :, 0] = 0.0
+    for i, position in enumerate(range(100, 19_900, 331)):
+        k[:, position, :, 0] = above[i % len(above)]
+    got = sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda")
+    check(got, q, k, v, lens, words)
+
+
 @pytest.mark.parametrize("page_size", [1, 2, 4, 8, 32, 128, 256])
 @pytest.mark.parametrize("layout", ["tokens outside", "heads outside"])
 def test_pages_at_every_length(layout, page_size, cuda_kernel):

@@ -115,7 +115,7 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
                      shared_memory);
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
   const int tile_shift = tile_shift_of(plan);
-  const std::int64_t units = items * ((capacity >> tile_shift) + 1 + run_cost(tile_shift));
+  const std::int64_t units = items * ((capacity >> tile_shift) + 1 + run_cost(tile_shift) + kMaskCost);
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   const std::int64_t teams = std::min<std::int64_t>(std::min(multiprocessors, kMaxParts) / plan.side, units);
   plan.ctas = plan.side * static_cast<int>(std::max<std::int64_t>(1, teams));

@@ -50,13 +50,15 @@ constexpr int kCombineDims = 32;  // of a CTA: two warps' share of an octet
 template <typename T, int D, int GROUPS, bool ROWS>
 __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
     combine_parts_kernel(const __grid_constant__ TreeAttentionParams p, const __grid_constant__ RowTiles rows_of,
-                         int columns, int ctas) {
+                         int columns, int teams) {
   constexpr int kThreads = GROUPS * 64, kSlices = D / kCombineDims, kLoadsInFlight = 9;
-  __shared__ float references[kMaxParts][8], sums[kMaxParts][8], tops[8], totals[8];
-  __shared__ float4 gathered[GROUPS - 1][64];
+  __shared__ float tops[8], totals[8];
+  __shared__ float4 gathered[GROUPS == 1 ? 1 : GROUPS - 1][64];
   __shared__ __align__(16) T result[8][kCombineDims];
   __shared__ int3 place;  // the team that begins the item, parts, live rows
   extern __shared__ int prefix[];
+  auto* references = reinterpret_cast<float (*)[8]>(prefix + line_ints(p.batch));  // of at most as many parts as teams
+  auto* sums = references + teams;
   const int octet = blockIdx.x / kSlices, slice = blockIdx.x % kSlices, request = blockIdx.z, lane = threadIdx.x % 32;
   int head = blockIdx.y, row_tile = 0;
   if (rows_of.count > 1) head = blockIdx.y / rows_of.count, row_tile = blockIdx.y % rows_of.count;
@@ -65,13 +67,13 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   let_next_launch_start();
   if (threadIdx.x < 32) {
     const TeamLine line(p, rows_of);
-    const Cut cut(ctas / rows_of.side, line.scan(prefix));
+    const Cut cut(teams, line.scan(prefix));
     const int live = line.live(request), tiles = line.tiles(line.context(request), live, row_tile);
     int3 at = make_int3(0, 0, live * rows_of.group);
     if (tiles > 0) {
-      const int start = line.start(prefix, request, head, row_tile);
-      at.x = cut.cta_at(start);
-      at.y = cut.cta_at(start + tiles - 1) - at.x + 1;
+      const int2 ends = line.ends(prefix, request, head, row_tile, tiles);
+      at.x = cut.cta_at(ends.x);
+      at.y = cut.cta_at(ends.y) - at.x + 1;
     }
     if (lane == 0) place = at;
   }
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   };
   load();
   // eight rows of a part lie side by side; all loads are under way before the first is waited for
-  constexpr int kWeightsInFlight = GROUPS == 2 ? 3 : 1;
+  constexpr int kWeightsInFlight = GROUPS <= 2 ? 3 : 1;
   const int row_here = threadIdx.x % 8;
 #pragma unroll 1
   for (int begin = threadIdx.x / 8; begin < parts; begin += kWeightsInFlight * (kThreads / 8)) {
@@ -191,10 +193,10 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
 template <typename T, int D, int GROUPS, bool ROWS>
 void launch_combine_groups(const TreeAttentionParams& p, const TreeAttentionPlan& plan, const RowTiles& rows_of,
                            dim3 grid, cudaStream_t stream) {
-  const int shared = line_ints(p.batch) * 4;
+  const int teams = plan.ctas / plan.side, shared = (line_ints(p.batch) + teams * 16) * 4;
   prepare_kernel<combine_parts_kernel<T, D, GROUPS, ROWS>>(shared);
   launch_overlapped(combine_parts_kernel<T, D, GROUPS, ROWS>, grid, dim3(GROUPS * 64), shared, stream, p, rows_of,
-                    plan.columns, plan.ctas);
+                    plan.columns, teams);
 }
 
 template <typename T, int D, bool ROWS>
@@ -206,8 +208,10 @@ void launch_combine_parts(const TreeAttentionParams& p, const TreeAttentionPlan&
     launch_combine_groups<T, D, 8, ROWS>(p, plan, rows_of, grid, stream);
   else if (ctas <= 4 * plan.ctas)
     launch_combine_groups<T, D, 4, ROWS>(p, plan, rows_of, grid, stream);
-  else
+  else if (ctas <= 8 * plan.ctas)
     launch_combine_groups<T, D, 2, ROWS>(p, plan, rows_of, grid, stream);
+  else
+    launch_combine_groups<T, D, 1, ROWS>(p, plan, rows_of, grid, stream);
 }
 
 }  // namespace specvlm

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/hopper.cuh"
 #include "common/numeric.cuh"
@@ -63,6 +64,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma and setmaxnreg are there on sm_90a alone
   using L = AttentionLayout<D, COLS>;
   constexpr int kTile = L::kTile, kBlocks = L::kBlocks;
+  // Where a tile takes long enough, the vote on references is that of the barrier behind it.
+  constexpr bool kLateVote = COLS > kWideColumns;
+  // Then a first reference may be any score of the column if only the exponents of P are wide: of two positions instead
+  // of all.
+  constexpr bool kGuess = kLateVote && std::is_same_v<T, __nv_bfloat16>;
+  constexpr float kMostGrowth = std::is_same_v<T, __nv_bfloat16> ? 0x1p60f : 0x1p15f;  // of a thread's sums in a tile
   // copies go faster with more registers, where the consumers can spare them
   constexpr int kProducerRegisters = COPIED && COLS <= 64 ? 72 : 24;
   extern __shared__ char raw_shared[];
@@ -86,7 +93,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
   const int group_of_warps = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
-  const int thread = threadIdx.x % kWarpgroup, lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
+  const int lane = threadIdx.x % 32, barrier = 1 + group_of_warps;
   const float scale = p.scale * 1.4426950408889634f;  // scores in log2; never 0
   char* p_shared = shared + L::kP + group_of_warps * 2 * L::kPBytes;
   auto* mask_shared = reinterpret_cast<std::uint16_t*>(shared + L::kMask) +
@@ -99,9 +106,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV));
   const std::uint32_t p_operand = swizzled_operand(shared_address(p_shared));
   // where this lane's row of a transposed 8x8 matrix goes: rows are columns of the CTA, 16-byte chunks are positions
-  const int matrix = lane / 8, matrix_row = lane % 8;
-  const std::uint32_t p_lane =
-      shared_address(p_shared) + (matrix / 2 * 8 + matrix_row) * 128 + (((2 * warp + matrix % 2) ^ matrix_row) * 16);
+  auto p_lane = [&] {
+    const int lane = thread_again() % 32, matrix = lane / 8, matrix_row = lane % 8;
+    return shared_address(p_shared) + (matrix / 2 * 8 + matrix_row) * 128 +
+           (((2 * warp + matrix % 2) ^ matrix_row) * 16);
+  };
   // [COLS x 64] values to 16 bits and into P's place, transposed: positions (or dims) along a row
   auto store_transposed = [&](std::uint32_t p_lane, auto value) {
 #pragma unroll
@@ -117,20 +126,30 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   };
   // kShare threads look after a column between them, the first of which owns it.
   constexpr int kShare = COLS <= 16 ? 8 : COLS <= 32 ? 4 : COLS <= 64 ? 2 : 1;
+  struct Column {
+    int index;
+    bool owned;
+  };
+  auto column_of = [](int thread) { return Column{thread / kShare, thread / kShare < COLS && thread % kShare == 0}; };
   // They get what the 32 threads that hold values of the column have for it, combined in a fixed order.
   // scratch: [32][COLS], a P that is not in use.
   auto over_positions = [&](int thread, float* scratch, auto value, auto combine) {
     const int warp = thread / 32, lane = thread % 32;
-    float* mine = scratch + (warp * 8 + lane / 4) * COLS + lane % 4 * 2;
+    // where a row's eight columns lie, so that four rows make up all banks
+    auto octet = [](int row, int index) {
+      return row * COLS + (index ^ (COLS % 32 == 0 ? row % 4 : COLS % 16 == 0 ? row / 2 % 2 : 0)) * 8;
+    };
 #pragma unroll
-    for (int c = 0; c < COLS / 4; ++c) mine[c / 2 * 8 + c % 2] = value(c);
+    for (int i = 0; i < COLS / 8; ++i)
+      *reinterpret_cast<float2*>(scratch + octet(warp * 8 + lane / 4, i) + lane % 4 * 2) =
+          make_float2(value(2 * i), value(2 * i + 1));
     named_barrier(barrier, kWarpgroup);
     float all = 0.0f;
     if (thread / kShare < COLS) {
-      const float* part = scratch + thread % kShare * (32 / kShare) * COLS + thread / kShare;
-      all = part[0];
+      const int column = thread / kShare, first = thread % kShare * (32 / kShare);
+      all = scratch[octet(first, column / 8) + column % 8];
 #pragma unroll 4
-      for (int i = 1; i < 32 / kShare; ++i) all = combine(all, part[i * COLS]);
+      for (int i = 1; i < 32 / kShare; ++i) all = combine(all, scratch[octet(first + i, column / 8) + column % 8]);
     }
 #pragma unroll
     for (int step = 1; step < kShare; step *= 2) all = combine(all, __shfl_xor_sync(~0u, all, step));
@@ -153,11 +172,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     float scores[kBlocks][COLS / 2];
     float acc[L::kHalves][COLS / 2];  // the first tile's product overwrites them
     float reference[COLS / 4], sum[COLS / 4];
-    const int column = thread_again() % kWarpgroup / kShare;
-    const bool owner = column < COLS && thread_again() % kShare == 0;
     // Only its owner looks at it. A column without a row has no mask, and must not vote for ever for want of a
     // reference.
-    if (owner) column_reference[column] = group_of_warps * COLS + column < rows_of.rows ? kNothing : 0.0f;
+    if (const auto [column, owner] = column_of(thread_again() % kWarpgroup); owner)
+      column_reference[column] = group_of_warps * COLS + column < rows_of.rows ? kNothing : 0.0f;
 #pragma unroll
     for (int c = 0; c < COLS / 4; ++c) reference[c] = 0.0f, sum[c] = 0.0f;
 #pragma unroll
@@ -173,9 +191,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     auto compute_here = [](std::uint32_t& a, std::uint32_t& b) {
       if constexpr (kBlocks == 2) asm volatile("" : "+r"(a), "+r"(b));
     };
-    auto multiply_values = [&](int t) {
+    int p_place = 0;  // of what the pass before has written
+    auto multiply_values = [&](bool accumulate) {
       std::uint32_t v_tile = v_operand + v_stage * (L::kTileBytes / 16);
-      std::uint32_t p_tile = p_operand + (kBlocks == 2 ? 0 : (t & 1) * (L::kPBytes / 16));
+      std::uint32_t p_tile = p_operand + p_place * (L::kPBytes / 16);
       compute_here(v_tile, p_tile);
 #pragma unroll
       for (int step = 0; step < kTile / 16; ++step)
@@ -183,17 +202,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int h = 0; h < L::kHalves; ++h)
           Wgmma<T, COLS, 1, 0>::run(acc[h], swizzled_descriptor(v_tile + (h * (kTile * 128) + step * 2048) / 16),
                                     swizzled_descriptor(p_tile + step / 4 * (L::kPBytes / 16) + step % 4 * 2),
-                                    step != 0 || t > begin);
+                                    step != 0 || accumulate);
     };
     // A pass issues the products with a tile's keys and with the values of the tile before, of which only the first is
     // awaited: the second runs while the pass takes the tile's exponentials. For the first tile the product with V is
     // of leftovers, which the next overwrites; in the pass after the last tile the product with K is, and nobody reads
     // it. Branches around them would make the compiler serialize all products, and separate code would be fetched cold.
-    bool k_ready = false;
+    bool k_ready = false, again = false;
 #pragma unroll 1
-    for (int t = begin; t < end; ++t) {
+    for (int t = begin; t < end; t += !again) {
       if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
-      turns.take();
+      turns.take(!again);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) wgmma_keep(scores[b]);
 #pragma unroll
@@ -209,24 +228,31 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
               scores[b], swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + b * (64 * 128) + step % 4 * 32) / 16),
               swizzled_descriptor(q_rows + (step / 4 * (L::kRows * 128) + step % 4 * 32) / 16), step != 0);
       wgmma_commit();
-      multiply_values(t - 1);
+      multiply_values(t > begin + !again);
       wgmma_commit();
-      turns.pass();
-      const int v_before = v_stage;
-      if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      turns.pass(!again);
+      const bool next_v = t > begin && !again;
+      if (next_v && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      if constexpr (kBlocks == 1) p_place ^= 1;
       wgmma_wait<1>();
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) wgmma_keep(scores[b]);
-      if (lane == 0) ptx::mbarrier_arrive(empty_k + k_stage);
-      if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
 
-      const int p_offset = kBlocks == 2 ? 0 : (t & 1) * L::kPBytes;
+      const bool last_stage = k_stage + 1 == L::kStagesK;
+      auto next_keys = [&] {
+        if (lane == 0) ptx::mbarrier_arrive(ring.empty_k + k_stage);
+        k_stage = last_stage ? 0 : k_stage + 1;
+        k_phase ^= last_stage;
+      };
+      if constexpr (!kLateVote) next_keys();
+
+      const int p_offset = p_place * L::kPBytes;
       const int lane = thread_again() % 32;                                             // or it would cost a spill
       const bool masked = (t + 1) * kTile > (kBlocks == 1 ? unmasked : seen_by_all());  // two: no register to keep it
       std::uint64_t seen_by_any[kBlocks];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) seen_by_any[b] = ~0ull;
-      bool unset = t == begin;  // a column without a reference
+      bool move = again || t == begin;  // references
       if (masked) {
         const int request = run->request, first_node = run->row_tile * rows_of.nodes;
         const int context = run->context, live = run->live;
@@ -234,7 +260,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int b = 0; b < kBlocks; ++b) {
           std::uint64_t mine = 0;
 #pragma unroll 1
-          for (int n = thread; n < rows_of.rows; n += kWarpgroup) {
+          for (int n = thread_again() % kWarpgroup; n < rows_of.rows; n += kWarpgroup) {
             const std::uint64_t bits =
                 visible_bits(p, request, first_node + n / rows_of.group, context, live, t * kTile + b * 64);
             const int mine_at = n - group_of_warps * COLS;
@@ -248,8 +274,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           const std::uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(mine >> 32));
           if (lane == 0) union_shared[b * 4 + warp] = high << 32 | low;
         }
-        named_barrier(barrier, kWarpgroup);
-        unset |= owner && column_reference[column] == kNothing;
+        const auto [column, owner] = column_of(thread_again() % kWarpgroup);
+        move |= named_barrier_any(barrier, kWarpgroup, owner && column_reference[column] == kNothing);
         const float hidden = copysignf(__int_as_float(0x7f800000), -scale);  // times scale: -inf
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
@@ -267,18 +293,52 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           }
         }
       }
-      float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};  // four chains: one would be a chain of 52 dependent steps
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-        for (int i = 0; i < COLS / 2; ++i) {
-          scores[b][i] = fmaf(scores[b][i], scale, -reference[i / 4 * 2 + i % 2]);
-          worst[i % 4] = fmaxf(worst[i % 4], scores[b][i]);
+        for (int i = 0; i < COLS / 2; ++i) scores[b][i] = fmaf(scores[b][i], scale, -reference[i / 4 * 2 + i % 2]);
+      if constexpr (!kLateVote) {
+        float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};  // four chains: one would be a chain of 40 dependent steps
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+          for (int i = 0; i < COLS / 2; ++i) worst[i % 4] = fmaxf(worst[i % 4], scores[b][i]);
+        const bool above = fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) > kLag;
+        move = named_barrier_any(barrier, kWarpgroup, above || move);
+      }
+      auto of_tile = [&](int c, auto value) {
+        const int i = c / 2 * 4 + c % 2;
+        float all = value(scores[0][i]) + value(scores[0][i + 2]);
+        if constexpr (kBlocks == 2) all += value(scores[1][i]) + value(scores[1][i + 2]);
+        return all;
+      };
+      if constexpr (kGuess) {
+        if (t == begin && !masked && !again) {
+          auto* guess = reinterpret_cast<float2*>(column_shared);  // of two columns
+          bool none = false;
+          if (thread_again() % kWarpgroup < 4)
+#pragma unroll
+            for (int i = 0; i < COLS / 8; ++i) {
+              const float a = fmaxf(scores[0][4 * i], scores[0][4 * i + 2]),
+                          b = fmaxf(scores[0][4 * i + 1], scores[0][4 * i + 3]);
+              guess[i * 4 + lane % 4] = make_float2(a, b);
+              none |= !(fminf(a, b) > __int_as_float(0xff800000));
+            }
+          move = named_barrier_any(barrier, kWarpgroup, none);
+          if (!move) {
+            if (const auto [column, owner] = column_of(thread_again() % kWarpgroup); owner)
+              column_reference[column] = reinterpret_cast<const float*>(guess)[column];
+#pragma unroll
+            for (int i = 0; i < COLS / 8; ++i) {
+              const float2 by = guess[i * 4 + lane % 4];
+              reference[2 * i] = by.x, reference[2 * i + 1] = by.y;
+              scores[0][4 * i] -= by.x, scores[0][4 * i + 1] -= by.y;
+              scores[0][4 * i + 2] -= by.x, scores[0][4 * i + 3] -= by.y;
+            }
+          }
         }
-      const bool above = fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) > kLag;
-      // References move at the first tile a row sees; later only when a score is far above its own.
-      const bool moved = named_barrier_any(barrier, kWarpgroup, above || unset);
-      if (moved) {
+      }
+      if (move) {
         if constexpr (kBlocks == 2) {  // P is read by the product with the tile before
           wgmma_wait<0>();
           named_barrier(barrier, kWarpgroup);
@@ -292,36 +352,45 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
                                   : fmaxf(of_block, fmaxf(scores[kBlocks - 1][i], scores[kBlocks - 1][i + 2]));
             },
             [](float a, float b) { return fmaxf(a, b); });
-        if (owner) {
+        if (const auto [column, owner] = column_of(thread_again() % kWarpgroup); owner) {
           const float old = column_reference[column];
           const bool nothing = top == __int_as_float(0xff800000), fresh = old == kNothing;
-          const float move = nothing ? 0.0f : fresh ? top : fmaxf(top, 0.0f);
-          column_shared[column] = make_float2(move, fresh ? 1.0f : exp2_fast(-move));
-          if (!nothing) column_reference[column] = fresh ? move : old + move;
+          const float by = nothing ? 0.0f : fresh ? top : fmaxf(top, 0.0f);
+          column_shared[column] = make_float2(by, fresh ? 0.0f : exp2_fast(-by));
+          if (!nothing) column_reference[column] = fresh ? by : old + by;
         }
         named_barrier(barrier, kWarpgroup);
 #pragma unroll
         for (int c = 0; c < COLS / 4; ++c) {
-          const float move = column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].x;
-          reference[c] += move;
+          const float by = column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].x;
+          reference[c] += by;
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) {
-            scores[b][c / 2 * 4 + c % 2] -= move;
-            scores[b][c / 2 * 4 + 2 + c % 2] -= move;
+            scores[b][c / 2 * 4 + c % 2] -= by;
+            scores[b][c / 2 * 4 + 2 + c % 2] -= by;
           }
         }
-        if (t != begin) {
+        if (t != begin || again) {
 #pragma unroll
-          for (int c = 0; c < COLS / 4; ++c) sum[c] *= column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].y;
+          for (int c = 0; c < COLS / 4; ++c) {
+            const float decay = column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].y;
+            sum[c] *= decay;
+            if (again)  // without what the pass before has added, which may be inf
+              sum[c] = decay > 0.0f && sum[c] < 1e30f ? sum[c] - of_tile(c, exp2_fast) : 0.0f;
+          }
         }
       }
       const bool v_ready = phase_done(full_v + v_stage, v_phase);  // asked early: the answer takes 60 cycles
+      float grown[4] = {};  // four chains: one would be a chain of 26 dependent steps
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int i = 0; i < COLS / 2; ++i) scores[b][i] = exp2_fast(scores[b][i]);
 #pragma unroll
-        for (int c = 0; c < COLS / 4; ++c) sum[c] += scores[b][c / 2 * 4 + c % 2] + scores[b][c / 2 * 4 + 2 + c % 2];
+      for (int c = 0; c < COLS / 4; ++c) {
+        const float more = of_tile(c, [](float x) { return x; });
+        sum[c] += more;
+        grown[c % 4] += more;
       }
       if constexpr (kBlocks == 2) {  // every warp's product with the tile before is done: P's place is free
         wgmma_wait<0>();
@@ -329,7 +398,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
-        store_transposed(p_lane + p_offset + b * L::kPBytes, [&](int i) { return scores[b][i]; });
+        store_transposed(p_lane() + p_offset + b * L::kPBytes, [&](int i) { return scores[b][i]; });
 
       if (!v_ready) wait_for_phase(full_v + v_stage, v_phase);
       bool unseen = false;  // by any row
@@ -338,14 +407,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (masked && unseen) {  // a position that no row sees may hold NaN, and 0 * NaN would spread
         char* v_tile = shared + L::kV + v_stage * L::kTileBytes;
 #pragma unroll 1
-        for (int i = thread; i < L::kHalves * kTile * 8; i += kWarpgroup)
+        for (int i = thread_again() % kWarpgroup; i < L::kHalves * kTile * 8; i += kWarpgroup)
           if (!((i / 8 % kTile < 64 ? seen_by_any[0] : seen_by_any[kBlocks - 1]) >> (i / 8 % 64) & 1))
             reinterpret_cast<uint4*>(v_tile)[i] = make_uint4(0, 0, 0, 0);
       }
       wgmma_wait<0>();
 #pragma unroll
       for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
-      if (moved && t != begin) {  // not before: until here the accumulators are wgmma's
+      if (move && t != begin) {  // not before: until here the accumulators are wgmma's
 #pragma unroll
         for (int c = 0; c < COLS / 4; ++c) {
           const float decay = column_shared[c / 2 * 8 + lane % 4 * 2 + c % 2].y;
@@ -356,19 +425,36 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           }
         }
       }
-      if (lane == 0) {
-        if (t > begin) ptx::mbarrier_arrive(empty_v + v_before);
-        if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
-      }
-      k_ready = t + 1 == end || phase_done(full_k + k_stage, k_phase);
+      if (lane == 0 && next_v) ptx::mbarrier_arrive(empty_v + (v_stage == 0 ? L::kStagesV : v_stage) - 1);
       ptx::fence_proxy_async(ptx::space_shared);
-      named_barrier(barrier, kWarpgroup);
+      if constexpr (!kLateVote) {
+        k_ready = t + 1 == end || phase_done(full_k + k_stage, k_phase);
+        if (lane == 0 && t + 1 == end) ptx::mbarrier_arrive(empty_q);
+        named_barrier(barrier, kWarpgroup);
+        continue;
+      }
+      k_ready = t + 1 == end || phase_done(full_k + (last_stage ? 0 : k_stage + 1), k_phase ^ last_stage);
+      // Far above its reference, a score would be too large for P. That shows in the sums, and is so rare that a pass
+      // then counts for nothing (P of zeros) and the next one takes the tile again, with new references.
+      const bool above = (grown[0] + grown[1]) + (grown[2] + grown[3]) > kMostGrowth;
+      again = __any_sync(~0u, named_barrier_any(barrier, kWarpgroup, above) && !move);
+      if (again) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+          store_transposed(p_lane() + p_offset + b * L::kPBytes, [](int) { return 0.0f; });
+        ptx::fence_proxy_async(ptx::space_shared);
+        named_barrier(barrier, kWarpgroup);
+        k_ready = true;
+      } else {
+        if (lane == 0 && t + 1 == end) ptx::mbarrier_arrive(empty_q);
+        next_keys();
+      }
     }
     turns.take();
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) wgmma_keep(acc[h]);
     wgmma_fence();
-    multiply_values(end - 1);
+    multiply_values(end > begin + 1);
     wgmma_commit();
     turns.pass();
     wgmma_wait<0>();
@@ -378,12 +464,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
     named_barrier(barrier, kWarpgroup);  // every warp's products are done: P's places are free
     const int thread = thread_again() % kWarpgroup, lane = thread % 32;
+    const auto [column, owner] = column_of(thread);
     const float column_sum = over_positions(
         thread, reinterpret_cast<float*>(p_shared), [&](int c) { return sum[c]; },
         [](float a, float b) { return a + b; });
 
     if (run->begin != 0 || run->end != run->item_tiles) {  // the combine kernel does the rest
-      const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.x), begin == 0};
+      const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x), begin == 0};
       if (owner) {
         part.references()[group_of_warps * COLS + column] = column_reference[column];
         part.sums()[group_of_warps * COLS + column] = column_sum;
@@ -418,7 +505,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) {
       named_barrier(barrier, kWarpgroup);  // P's place is free, column_shared is there
-      store_transposed(p_lane, [&](int i) {
+      store_transposed(p_lane(), [&](int i) {
         const float inverse = column_shared[i / 4 * 8 + lane % 4 * 2 + i % 2].x;
         return inverse == 0.0f ? 0.0f : acc[h][i] * inverse;
       });

@@ -45,8 +45,8 @@ void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& 
     for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
   const int shared = L::bytes(p.batch);
   copied ? prepare_kernel<COPYING>(shared) : prepare_kernel<KERNEL>(shared);
-  launch_overlapped(copied ? COPYING : KERNEL, dim3(plan.ctas), dim3(kAttentionThreads), shared, stream, p, q_map,
-                    k_map, v_map, rows_of, page_shift);
+  launch_overlapped(copied ? COPYING : KERNEL, dim3(plan.side, plan.ctas / plan.side), dim3(kAttentionThreads), shared,
+                    stream, p, q_map, k_map, v_map, rows_of, page_shift);
   launch_combine_parts<T, D, ROWS>(p, plan, rows_of, stream);
 }
 

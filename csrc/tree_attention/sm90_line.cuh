@@ -11,10 +11,13 @@ namespace specvlm {
 // What an item costs a CTA besides its tiles, in tiles: as much as 5 of 64 positions (traced on an H100: 4 to 6).
 constexpr int run_cost(int tile_shift) { return 5 >> (tile_shift - kTileShift); }
 
+constexpr int kMaskCost = 1;  // and what the masks of its last tile cost, in tiles
+
 constexpr int kMostSide = 4;  // row tiles side by side
 
-// Integers in shared memory: the units before each request and of all, two of the producer's, two lengths.
-__host__ __device__ constexpr int line_ints(int batch) { return batch + 1 + 2 + 2; }
+// Integers in shared memory: the units before each request and of all, two of the producer's, two lengths, and where
+// the first run ends.
+__host__ __device__ constexpr int line_ints(int batch) { return batch + 1 + 2 + 2 + 1; }
 
 // A run of tiles of one item: a request, a KV head and a row tile.
 struct ItemRun {
@@ -25,9 +28,10 @@ struct ItemRun {
   int units;          // how far the run goes on the line
 };
 
-// A team of `side` CTAs reads the same tiles at the same time, each for a row tile of its own, so that K and V come
-// from device memory once. The line that is cut among the teams: for every request, head and `side` row tiles
-// rows_of.run_cost units of no tile and then as many as the longest of these row tiles has tiles.
+// A team of `side` CTAs (a row of the grid) reads the same tiles at the same time, each for a row tile of its own, so
+// that K and V come from device memory once. The line that is cut among the teams: for every request, head and `side`
+// row tiles rows_of.run_cost units of no tile, then as many as the longest of these row tiles has tiles, and kMaskCost
+// of none before the last of them.
 struct TeamLine : ItemLine {
   using ItemLine::ItemLine;
 
@@ -37,12 +41,23 @@ struct TeamLine : ItemLine {
   }
   __device__ int live_of(const int* prefix, int request) const { return p.batch == 1 ? prefix[5] : live(request); }
 
-  __device__ int units_side_by_side(int context, int live, int first_row_tile) const {
+  __device__ int tiles_side_by_side(int context, int live, int first_row_tile) const {
     const int first = first_row_tile * rows_of.nodes;
     if (first >= live) return 0;
     const int seen = p.tree_mask == nullptr ? min(first + rows_of.side * rows_of.nodes, live) : live;
-    const int count = (min(context + seen, p.capacity) + (1 << rows_of.tile_shift) - 1) >> rows_of.tile_shift;
-    return count == 0 ? 0 : rows_of.run_cost + count;
+    return (min(context + seen, p.capacity) + (1 << rows_of.tile_shift) - 1) >> rows_of.tile_shift;
+  }
+  __device__ int units_of(int count) const { return count == 0 ? 0 : rows_of.run_cost + count + kMaskCost; }
+  __device__ int units_side_by_side(int context, int live, int first_row_tile) const {
+    return units_of(tiles_side_by_side(context, live, first_row_tile));
+  }
+  // Of an item with `count` tiles: those before a unit, and the unit of a tile.
+  __device__ int tiles_before(int unit, int count) const {
+    const int last = rows_of.run_cost + count - 1 + kMaskCost;
+    return unit > last ? count : min(max(unit - rows_of.run_cost, 0), count - 1);
+  }
+  __device__ int unit_of(int tile, int count) const {
+    return rows_of.run_cost + tile + (tile == count - 1 ? kMaskCost : 0);
   }
   __device__ int units_per_head(int context, int live) const {
     int sum = units_side_by_side(context, live, 0);
@@ -90,35 +105,36 @@ struct TeamLine : ItemLine {
 #pragma unroll 1
       while (prefix[s.request + 1] <= unit) ++s.request;
     s.context = context_of(prefix, s.request), s.live = live_of(prefix, s.request);
-    const int per_head = units_per_head(s.context, s.live);
+    int count = tiles_side_by_side(s.context, s.live, 0);
+    const int per_head = rows_of.count <= rows_of.side ? units_of(count) : units_per_head(s.context, s.live);
     int rest = unit - prefix[s.request];
     s.head = static_cast<int>(static_cast<unsigned>(rest) / static_cast<unsigned>(per_head));
     rest -= s.head * per_head;
     s.row_tile = 0;
-    int length = units_side_by_side(s.context, s.live, 0);
     // the bound is for lengths that change meanwhile, in a rehearsal
 #pragma unroll 1
-    while (rest >= length && s.row_tile + rows_of.side < rows_of.count) {
-      rest -= length;
+    while (rest >= units_of(count) && s.row_tile + rows_of.side < rows_of.count) {
+      rest -= units_of(count);
       s.row_tile += rows_of.side;
-      length = units_side_by_side(s.context, s.live, s.row_tile);
+      count = tiles_side_by_side(s.context, s.live, s.row_tile);
     }
     s.row_tile += member;
     s.item_tiles = s.row_tile < rows_of.count ? tiles(s.context, s.live, s.row_tile) : 0;
-    s.units = min(length - rest, limit - unit);
-    s.begin = max(rest - rows_of.run_cost, 0);
-    s.end = min(max(rest + s.units - rows_of.run_cost, s.begin), s.item_tiles);
+    s.units = min(units_of(count) - rest, limit - unit);
+    s.begin = tiles_before(rest, count);
+    s.end = min(tiles_before(rest + s.units, count), s.item_tiles);
     return s;
   }
 
-  // Where on the line an item's first tile is.
-  __device__ int start(const int* prefix, int request, int head, int row_tile) const {
+  // Where on the line the first and the last of an item's tiles are.
+  __device__ int2 ends(const int* prefix, int request, int head, int row_tile, int tiles) const {
     const int context = context_of(prefix, request), live = live_of(prefix, request);
-    int unit = prefix[request] + head * units_per_head(context, live) + rows_of.run_cost;
+    const int unit = prefix[request] + head * units_per_head(context, live);
+    int before = 0, first = 0;
 #pragma unroll 1
-    for (int r = rows_of.side; r <= row_tile; r += rows_of.side)
-      unit += units_side_by_side(context, live, r - rows_of.side);
-    return unit;
+    for (; first + rows_of.side <= row_tile; first += rows_of.side) before += units_side_by_side(context, live, first);
+    const int count = tiles_side_by_side(context, live, first);
+    return make_int2(unit + before + unit_of(0, count), unit + before + unit_of(tiles - 1, count));
   }
 };
 

@@ -102,12 +102,11 @@ template <class L>
 __device__ __forceinline__ void copy_tiles(const TeamLine& line, const PageCopier<L>& copier, const int* prefix,
                                            const volatile int* limit, const volatile int* start, char* shared) {
   const TreeAttentionParams& p = line.p;
-  const RowTiles& rows_of = line.rows_of;
   const AttentionRing<L> ring(shared);
   const LandedRing<L> landed(shared);
   unsigned tiles = 0;
   for (int unit = *start; unit < *limit;) {
-    const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
+    const ItemRun s = line.run(prefix, unit, *limit, blockIdx.x);
     unit += s.units;
     if (s.begin >= s.end) continue;
     int pages[PageCopier<L>::kLookups];
@@ -144,7 +143,7 @@ __device__ __forceinline__ void relay_tiles(const CUtensorMap& q_map, const Team
   unsigned tiles = 0;
   std::uint32_t q_phase = 1;
   for (int unit = *start; unit < *limit;) {
-    const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
+    const ItemRun s = line.run(prefix, unit, *limit, blockIdx.x);
     unit += s.units;
     if (s.begin >= s.end) continue;
     if (lane == 0) hand_over(run, s);
@@ -184,7 +183,13 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
   int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
   volatile int *limit = prefix + p.batch + 1, *start = limit + 1;
   if (warp == 1) {
-    bring_near<L>(line, q_map, q_map, q_map, prefix + line_ints(p.batch));
+    int* guess = prefix + line_ints(p.batch);
+    const Cut cut(gridDim.y, line.scan(guess));
+    const int unit = cut.start(blockIdx.y), end = cut.start(blockIdx.y + 1);
+    if (unit < end) {
+      const ItemRun s = line.run(guess, unit, end, blockIdx.x);
+      if (s.begin < s.end) bring_near<L>(p, rows_of, s, q_map, q_map, q_map);
+    }
     wait_for_launch_before();
     named_barrier(kCutRelay, 64);
     relay_tiles<L>(q_map, line, prefix, limit, start, shared);
@@ -201,11 +206,10 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
   }
   wait_for_launch_before();  // what is above overlaps with the kernel before
   if (warp == 0) {
-    const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
-    const int team = rows_of.side == 1 ? blockIdx.x : blockIdx.x / rows_of.side;
+    const Cut cut(gridDim.y, line.scan(prefix));
     if (lane == 0) {
-      *start = cut.start(team);
-      *limit = cut.start(team + 1);
+      *start = cut.start(blockIdx.y);
+      *limit = cut.start(blockIdx.y + 1);
     }
     __syncwarp();
     named_barrier_arrive(kCutRelay, 64);

@@ -43,45 +43,63 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
   const int lane = threadIdx.x % 32;
   if (threadIdx.x >= 2 * kWarpgroup + 64) return;
+  // A second warp goes ahead while the kernel before may still run, by lengths that may be old ones: it works out the
+  // first run, which takes 1 us, and has Q and two tiles brought near.
+  const bool ahead = __shfl_sync(~0u, static_cast<int>(threadIdx.x) >= 2 * kWarpgroup + 32, 0);
   const TeamLine line(p, rows_of);
   int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
-  if (threadIdx.x >= 2 * kWarpgroup + 32) {
-    bring_near<L>(line, q_map, k_map, v_map, prefix + line_ints(p.batch));
-    return;
-  }
   volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;  // in registers they would cost spills
-  if (lane == 0) {
-    prefetch_map(&k_map);
-    prefetch_map(&q_map);
-    prefetch_map(&v_map);
-    init_ring(ring);
+  volatile int *lengths = prefix + 4, *next = prefix + 6;         // of a single request
+  bool guessed = false;                                           // right
+  if (!ahead) {
+    if (lane == 0) {
+      prefetch_map(&k_map);
+      prefetch_map(&q_map);
+      prefetch_map(&v_map);
+      init_ring(ring);
+    }
+    __syncwarp();
+    named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
+    wait_for_launch_before();  // what is above overlaps with the kernel before
+    const int context = p.batch == 1 ? line.context(0) : -1, live = p.batch == 1 ? line.live(0) : -1;
+    named_barrier(kAhead, 64);
+    guessed = p.batch == 1 && context == lengths[0] && live == lengths[1];
   }
-  __syncwarp();
-  named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
-  wait_for_launch_before();  // what is above overlaps with the kernel before
   const TileSource<L::kTile> source{p, page_shift, min(page_shift, rows_of.tile_shift)};
   int unit;
-  {
-    const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
-    const int team = rows_of.side == 1 ? blockIdx.x : blockIdx.x / rows_of.side;
-    unit = cut.start(team);
+  if (guessed) {
+    unit = *next;
+  } else {
+    const Cut cut(gridDim.y, line.scan(prefix));
+    unit = cut.start(blockIdx.y);
     if (lane == 0) {
-      *limit = cut.start(team + 1);
+      *limit = cut.start(blockIdx.y + 1);
       *slot = 0;
     }
     __syncwarp();
   }
+  bool filling = true;
   int k_stage = 0, v_stage = 0;
   std::uint32_t k_phase = 1, v_phase = 1, q_phase = 1;  // the rings start empty, and so does Q
-  while (unit < *limit) {
+  while (guessed || unit < *limit) {
     volatile ItemRun* run = runs + *slot;
-    {
-      const ItemRun s = line.run(prefix, unit, *limit, rows_of.side == 1 ? 0 : blockIdx.x % rows_of.side);
+    if (!guessed) {
+      const ItemRun s = line.run(prefix, unit, *limit, blockIdx.x);
       unit += s.units;
-      if (s.begin >= s.end) continue;
+      if (s.begin >= s.end) {
+        if (ahead) break;  // lengths may change meanwhile: no loop may depend on them
+        continue;
+      }
       if (lane == 0) hand_over(run, s);
+      if (ahead) {
+        if (lane == 0) *next = unit;
+        named_barrier_arrive(kAhead, 64);
+        bring_near<L>(p, rows_of, s, q_map, k_map, v_map);
+        return;
+      }
       __syncwarp();
     }
+    guessed = false;
     int t = run->begin;
 #pragma unroll 1
     for (bool first = true; t < run->end; ++t, first = false) {
@@ -105,10 +123,17 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
       }
       wait_for_phase(empty_v + v_stage, v_phase);
       load(L::kV, v_stage, &v_map, full_v);
-      if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      // All CTAs' rings, asked for at once, would be in the way of what others begin with.
+      if (filling) wait_for_phase(full_v + v_stage, 0);
+      if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1, filling = false;
     }
     if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
     __syncwarp();
+  }
+  if (ahead) {  // no guess
+    lengths[0] = -1;
+    named_barrier_arrive(kAhead, 64);
+    return;
   }
   wait_for_phase(empty_q, q_phase);
   if (lane == 0) {

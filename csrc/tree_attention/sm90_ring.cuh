@@ -10,19 +10,29 @@ namespace specvlm {
 
 constexpr int kWarpgroup = 128;
 constexpr int kAttentionThreads = 3 * kWarpgroup;  // two warpgroups of consumers, and one whose warps produce
-constexpr int kReady = 5;                          // named barrier: the mbarriers are initialized
+constexpr int kReady = 5;                          // named barriers: the mbarriers are initialized;
+constexpr int kAhead = 8;                          // the first run is guessed
 constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
 
 // 384 threads start with 168 registers each: what a producer thread gives back, two consumers share.
 __host__ __device__ constexpr int consumer_registers(int of_a_producer) { return (3 * 168 - of_a_producer) / 2; }
 
 // The warpgroups of consumers take turns at the tensor cores, so that one multiplies while the other takes
-// exponentials: named barriers 3 and 4. The second one passes the first turn.
+// exponentials: named barriers 3 and 4. The second one passes the first turn. Both must take as many turns: one that
+// does what the other does not takes none for it. No branches, which would make the compiler serialize the products.
 struct Turns {
   int warpgroup;
 
-  __device__ __forceinline__ void take() const { named_barrier(3 + warpgroup, 2 * kWarpgroup); }
-  __device__ __forceinline__ void pass() const { named_barrier_arrive(4 - warpgroup, 2 * kWarpgroup); }
+  __device__ __forceinline__ void take(bool turn = true) const {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p barrier.cta.sync %0, %1;\n}\n" ::"r"(3 + warpgroup),
+                 "r"(2 * kWarpgroup), "r"(static_cast<int>(turn))
+                 : "memory");
+  }
+  __device__ __forceinline__ void pass(bool turn = true) const {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p barrier.cta.arrive %0, %1;\n}\n" ::"r"(4 - warpgroup),
+                 "r"(2 * kWarpgroup), "r"(static_cast<int>(turn))
+                 : "memory");
+  }
 };
 
 // Read anew where it is needed: kept in a register, or what follows from it, it would cost a spill.
@@ -99,22 +109,17 @@ __device__ __forceinline__ void clear_padding(char* shared, int rows) {
   ptx::fence_proxy_async(ptx::space_shared);
 }
 
-// A rehearsal, by a warp of its own while the kernel before may still run: it brings the lengths, Q and the first tiles
-// of the CTA's first run into the L2. The lengths may be old ones then, and so may be the tiles: the L2 stays coherent.
+// For a warp that rehearses while the kernel before may still run: Q and the first tiles of a run are brought into the
+// L2. The lengths may be old ones then, and so may be the tiles: the L2 stays coherent.
 template <class L>
-__device__ __forceinline__ void bring_near(const TeamLine& line, const CUtensorMap& q_map, const CUtensorMap& k_map,
-                                           const CUtensorMap& v_map, int* prefix) {
+__device__ __forceinline__ void bring_near(const TreeAttentionParams& p, const RowTiles& rows_of, const ItemRun& s,
+                                           const CUtensorMap& q_map, const CUtensorMap& k_map,
+                                           const CUtensorMap& v_map) {
   constexpr int kTiles = 2;
-  const RowTiles& rows_of = line.rows_of;
-  const int lane = threadIdx.x % 32, team = blockIdx.x / rows_of.side;
-  const Cut cut(gridDim.x / rows_of.side, line.scan(prefix));
-  const int unit = cut.start(team), limit = cut.start(team + 1);
-  if (unit >= limit) return;
-  const ItemRun s = line.run(prefix, unit, limit, blockIdx.x % rows_of.side);
-  if (s.begin >= s.end) return;
+  const int lane = threadIdx.x % 32;
   if (lane < L::kHalves) prefetch_box(&q_map, lane * 64, s.head * rows_of.group, s.row_tile * rows_of.nodes, s.request);
   const int t = s.begin + lane / L::kHalves;
-  if (line.p.page_table != nullptr || lane / L::kHalves >= kTiles || t >= s.end) return;
+  if (p.page_table != nullptr || lane / L::kHalves >= kTiles || t >= s.end) return;
   prefetch_box(&k_map, lane % L::kHalves * 64, s.head, t * L::kTile, s.request);
   prefetch_box(&v_map, lane % L::kHalves * 64, s.head, t * L::kTile, s.request);
 }

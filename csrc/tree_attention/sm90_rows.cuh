@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     }
 
     if (run->begin != 0 || run->end != run->item_tiles) {  // the combine kernel does the rest
-      const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.x), begin == 0};
+      const Part<D> part{p.workspace, L::kRows, static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x), begin == 0};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (lane % 4 == 0) {
