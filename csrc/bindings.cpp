@@ -141,13 +141,15 @@ void bind_tree_attention(py::module_& m) {
   py::enum_<specvlm::TreeAttentionKernel>(m, "TreeAttentionKernel")
       .value("SM80", specvlm::TreeAttentionKernel::kSm80)
       .value("SM90", specvlm::TreeAttentionKernel::kSm90)
-      .value("SM90_ROWS", specvlm::TreeAttentionKernel::kSm90Rows);
+      .value("SM90_ROWS", specvlm::TreeAttentionKernel::kSm90Rows)
+      .value("SM90_CLUSTER", specvlm::TreeAttentionKernel::kSm90Cluster);
   py::class_<specvlm::TreeAttentionPlan>(m, "TreeAttentionPlan")
       .def_readonly("kernel", &specvlm::TreeAttentionPlan::kernel)
       .def_readonly("row_tile", &specvlm::TreeAttentionPlan::row_tile)
       .def_readonly("row_tiles", &specvlm::TreeAttentionPlan::row_tiles)
       .def_readonly("columns", &specvlm::TreeAttentionPlan::columns)
       .def_readonly("side", &specvlm::TreeAttentionPlan::side)
+      .def_readonly("cluster", &specvlm::TreeAttentionPlan::cluster)
       .def_readonly("ctas", &specvlm::TreeAttentionPlan::ctas)
       .def_readonly("workspace_floats", &specvlm::TreeAttentionPlan::workspace_floats);
   m.def("tree_attention_plan", &specvlm::tree_attention_plan, py::arg("batch"), py::arg("nodes"), py::arg("q_heads"),

@@ -36,11 +36,16 @@ def check(got, q, k, v, lens, words, **kwargs):
     assert float((got[1].double() - exact_lse)[finite].abs().max()) < 1e-3
 
 
-def chosen(b, n, s, hq, hkv, d, page_size=0):
-    """The name of the kernel that takes such a call."""
+def planned(b, n, s, hq, hkv, d, page_size=0):
+    """The plan of such a call."""
     module, _ = backend.extension()
     device = (backend.architecture(0), backend.multiprocessors(0), backend.shared_memory(0))
-    return module.tree_attention_plan(b, n, hq, hkv, d, s, page_size, *device).kernel.name
+    return module.tree_attention_plan(b, n, hq, hkv, d, s, page_size, *device)
+
+
+def chosen(*shape):
+    """The name of the kernel that takes such a call."""
+    return planned(*shape).kernel.name
 
 
 # every size of a CTA's row tile, groups that do not divide it, and one that does not fit it
@@ -287,3 +292,122 @@ def test_the_architecture_chooses_the_kernel(monkeypatch):
     monkeypatch.setattr(_env, "CUDA_ARCH", 80)
     assert backend.architecture(0) == 80
     assert module.tree_attention_plan(*shape, 0, 80, *rest).kernel == kinds.SM80
+
+
+# B, N, S, Hq, Hkv, D and what the plan makes of it: CTAs of a cluster, columns, row tiles
+CLUSTERS = [
+    ((7, 4, 1000, 7, 1, 128), (16, 32, 1)),
+    ((7, 9, 6144, 7, 1, 64), (16, 64, 1)),
+    ((3, 9, 1000, 14, 2, 128), (16, 64, 1)),
+    ((15, 4, 500, 7, 1, 64), (8, 32, 1)),
+    ((15, 12, 3072, 5, 1, 128), (8, 64, 1)),
+    ((2, 26, 1100, 14, 2, 128), (8, 64, 3)),
+    ((3, 70, 300, 3, 1, 64), (8, 64, 4)),
+]
+
+
+def needs_clusters():
+    if backend.architecture(0) < 90 or backend.multiprocessors(0) < 132:
+        pytest.skip("plans clusters on GPUs of compute capability 9.0 with 132 multiprocessors alone")
+
+
+@pytest.mark.parametrize("shape,plan", CLUSTERS, ids=str)
+def test_little_work_is_for_clusters(shape, plan):
+    needs_clusters()
+    made = planned(*shape)
+    assert made.kernel.name == "SM90_CLUSTER"
+    assert (made.cluster, made.columns, made.row_tiles) == plan
+    assert made.ctas == made.cluster * made.row_tiles * shape[0] * shape[4] and made.workspace_floats == 0
+    assert planned(*shape, 8).kernel.name == "SM90_CLUSTER"
+    assert planned(*shape, 4).kernel.name != "SM90_CLUSTER"  # pages too small for TMA
+    assert planned(shape[0], shape[1], 6145, *shape[3:]).kernel.name != "SM90_CLUSTER"  # tiles that do not fit
+    assert planned(16, *shape[1:]).kernel.name != "SM90_CLUSTER"  # more clusters than fit
+
+
+def test_the_draft_level_is_for_clusters():
+    needs_clusters()
+    plan = planned(1, 4, 2560, 28, 4, 128)
+    assert (plan.kernel.name, plan.cluster, plan.columns, plan.ctas) == ("SM90_CLUSTER", 16, 32, 64)
+    assert planned(1, 26, 1024, 28, 4, 128).cluster == 8
+
+
+@pytest.mark.parametrize("page_size,dtype", [(0, "bfloat16"), (0, "float16"), (8, "bfloat16"), (256, "bfloat16")])
+@pytest.mark.parametrize("shape,plan", CLUSTERS, ids=str)
+def test_clusters_at_every_length(shape, plan, page_size, dtype):
+    """Shares of no tile, of one and of all that fit; trees that end before, at and behind the edges of tiles."""
+    b, n, s, hq, hkv, d = shape
+    if page_size:
+        s = -(-s // page_size) * page_size
+    edges = [0, 1, 63 - n, 64 - n, 65 - n, 63, 64, 128 - n, 200, s // 2, s - n - 64, s - n - 1, s - n]
+    lens = [max(0, min(x, s - n)) for x in edges]
+    tree_lens = torch.tensor([n, n - 1, 1, n, 0, n, n // 2] * 3, dtype=torch.int32, device=DEVICE)[:b]
+    for first in range(0, len(lens), b):
+        some = (lens[first:] + lens)[:b]
+        q, k, v, some, words = problem(b, n, s, hq, hkv, d, some, getattr(torch, dtype), seed=first)
+        caches, table = (k, v), None
+        if page_size:
+            (k_pages, table), (v_pages, _) = paged(k, page_size), paged(v, page_size)
+            caches = (k_pages, v_pages)
+        for mask, live in [(words, None), (words[0], tree_lens), (None, tree_lens)]:
+            kwargs = dict(tree_lens=live, return_lse=True)
+            got = sk.tree_attention(q, *caches, some, mask, page_table=table, backend="cuda", **kwargs)
+            check(got, q, k, v, some, mask, tree_lens=live)
+
+
+@pytest.mark.parametrize("shape,plan", CLUSTERS, ids=str)
+def test_clusters_do_not_depend_on_pages_or_reruns(shape, plan):
+    b, n, s, hq, hkv, d = shape
+    s = -(-s // 64) * 64
+    q, k, v, lens, words = problem(b, n, s, hq, hkv, d, [(s - n) * r // max(b - 1, 1) for r in range(b)])
+    first = sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda")
+    other, a = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
+    (k_pages, table), (v_pages, _) = paged(k, 16), paged(v, 16)
+    for _ in range(10):
+        with torch.cuda.stream(other):
+            a @ a
+        results = [sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda") for _ in range(50)]
+        results.append(
+            sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, return_lse=True, backend="cuda")
+        )
+        for out, lse in results:
+            assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+
+
+@pytest.mark.parametrize("shape,plan", CLUSTERS, ids=str)
+def test_clusters_replay_with_other_lengths(shape, plan):
+    b, n, s, hq, hkv, d = shape
+    q, k, v, lens, words = problem(b, n, s, hq, hkv, d, [0] * b)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    graph = torch.cuda.CUDAGraph()
+    sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda")
+    with torch.cuda.graph(graph):
+        out, lse = sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda")
+    for new in ([s - n] * b, [1] * b, [(s - n) * r // b for r in range(b)], [0] * b):
+        lens.copy_(torch.tensor(new, dtype=torch.int32))
+        graph.replay()
+        want = sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda")
+        assert torch.equal(out, want[0]) and torch.equal(lse, want[1]), new
+        check((out, lse), q, k, v, lens, words)
+
+
+@pytest.mark.parametrize("tokens", [300, 3000])
+def test_lengths_that_the_launch_before_writes(tokens):
+    """A launch that starts while the one before still runs may read old lengths, and has to notice."""
+    b, n, s, hq, hkv, d = 1, 4, 2560, 28, 4, 128
+    q, k, v, _, words = problem(b, n, s, hq, hkv, d, [0])
+    k, v = k.nan_to_num(), v.nan_to_num()
+    # num_attention of select_tokens, an int32 of its last lines, differs from one scores to the next
+    scores = torch.rand(8, b, tokens, device=DEVICE) ** torch.arange(1, 9, device=DEVICE)[:, None, None]
+    run = [sk.select_tokens(x, tokens // 2, backend="cuda").num_attention for x in scores]
+    want = [sk.tree_attention(q, k, v, lens.clone(), words, backend="cuda") for lens in run]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = []
+        for x in scores:
+            lens = sk.select_tokens(x, tokens // 2, backend="cuda").num_attention
+            got.append(sk.tree_attention(q, k, v, lens, words, backend="cuda"))
+    for _ in range(20):
+        graph.replay()
+        for one, other in zip(got, want):
+            assert torch.equal(one, other)

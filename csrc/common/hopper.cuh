@@ -22,8 +22,10 @@ __device__ __forceinline__ std::uint32_t swizzled_operand(std::uint32_t address,
   return (next >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
+// GROUP_STRIDE: bytes from one group of 8 rows to the next.
+template <int GROUP_STRIDE = 1024>
 __device__ __forceinline__ std::uint64_t swizzled_descriptor(std::uint32_t operand) {
-  constexpr std::uint32_t kGroupStride = 1024 >> 4;  // "stride" offset: from one group of 8 rows to the next
+  constexpr std::uint32_t kGroupStride = GROUP_STRIDE >> 4;  // the "stride" offset
   constexpr std::uint32_t kSwizzle128 = 1u << 30;
   return std::uint64_t{kSwizzle128 | kGroupStride} << 32 | operand;
 }
@@ -104,10 +106,41 @@ __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
                : "memory");
 }
 
+// Where another CTA of the cluster has what this one has at an address of its shared memory.
+__device__ __forceinline__ std::uint32_t shared_of_cta(std::uint32_t address, int cta) {
+  std::uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(cta));
+  return there;
+}
+
+// 16 or 8 bytes into the shared memory of a CTA of the cluster; completes on a barrier there.
+__device__ __forceinline__ void store_async(std::uint32_t target, std::uint32_t x, std::uint32_t y, std::uint32_t z,
+                                            std::uint32_t w, std::uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(target),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_async(std::uint32_t target, std::uint32_t x, std::uint32_t y,
+                                            std::uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::"r"(target), "r"(x),
+      "r"(y), "r"(barrier)
+      : "memory");
+}
+
 // Cache hints as the compiler's own createpolicy would give them.
 constexpr std::uint64_t kEvictNormal = 0x1000000000000000;
 constexpr std::uint64_t kEvictFirst = 0x12F0000000000000;  // read once
 constexpr std::uint64_t kEvictLast = 0x14F0000000000000;   // read by many CTAs
+
+// True in one lane of a whole warp. The compiler knows that it is one, and keeps what TMA takes in uniform registers.
+__device__ __forceinline__ bool elect_lane() {
+  std::uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  return elected != 0;
+}
 
 // Brings a tensor map near, so that the first box need not wait for it.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
@@ -129,6 +162,21 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c0, int
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map), "r"(c0), "r"(c1),
                "r"(c2), "r"(c3)
                : "memory");
+}
+
+// load_box or prefetch_box, without a branch: whoever does both, one after the other, then finds the code in the
+// caches.
+__device__ __forceinline__ void load_or_prefetch_box(bool load, void* target, const CUtensorMap* map, int c0, int c1,
+                                                     int c2, int c3, std::uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .pred load;\nsetp.ne.b32 load, %8, 0;\n"
+      "@load cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n"
+      "@!load cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%1, {%3, %4, %5, %6}];\n}\n" ::"r"(
+          shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(kEvictFirst),
+      "r"(static_cast<int>(load))
+      : "memory");
 }
 
 }  // namespace specvlm

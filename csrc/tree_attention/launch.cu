@@ -33,6 +33,7 @@ TreeAttentionKernel kernel_for(int group, int architecture) {
 }
 
 constexpr int kMostShared = 227 * 1024;  // of a CTA
+constexpr double kSecondLaunch = 5000;   // cycles that the combine kernel takes more than a cluster to meet
 constexpr int kRowsColumns = 2 * kRowsPerWarpgroup;
 
 // The packed rows of a head in `count` tiles of whole nodes, so that one TMA box is a row tile.
@@ -83,6 +84,25 @@ double cycles(const TreeAttentionPlan& plan, std::int64_t tiles, int multiproces
   return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns;
 }
 
+// The plan of a cluster for every item, or row_tiles 0 where there are too many items, or too many tiles in one.
+TreeAttentionPlan cluster_plan(int batch, int nodes, int group, int kv_heads, std::int64_t capacity, int count,
+                               int multiprocessors) {
+  TreeAttentionPlan plan = with_row_tiles(TreeAttentionKernel::kSm90Cluster, nodes, group, count);
+  const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * plan.row_tiles;
+  // What an H100 and an H200 hold at once, of their 132 multiprocessors in 8 groups; others have not been tried.
+  plan.cluster = multiprocessors < 132 ? 0 : items <= 7 ? 16 : items <= 15 ? 8 : 0;
+  if (plan.cluster == 0 || plan.row_tile > 64 || plan.row_tile / group > kMostClusterNodes ||
+      cluster_tiles(capacity, plan.cluster) > kMostClusterTiles)
+    return {};
+  plan.columns = plan.row_tile <= 32 ? 32 : 64;
+  plan.ctas = plan.cluster * static_cast<int>(items);
+  return plan;
+}
+
+double cluster_cycles(const TreeAttentionPlan& plan, std::int64_t capacity) {
+  return (550.0 + 5.0 * plan.columns) * cluster_tiles(capacity, plan.cluster) + 600.0 + 20.0 * plan.columns;
+}
+
 }  // namespace
 
 TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_heads, int head_dim,
@@ -106,10 +126,18 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
     for (int count = fewest; count <= std::min(std::max(fewest, kMostSide), nodes); ++count) {
       const TreeAttentionPlan other = with_row_tiles(kernel, nodes, group, count);
       if (shared_bytes(other, head_dim, batch) > kMostShared) continue;
-      const double cost = cycles(other, tiles, multiprocessors);
+      const double cost = cycles(other, tiles, multiprocessors) + kSecondLaunch;
       if (cost < least) least = cost, plan = other;
     }
   }
+  if (page_size == 0 || page_size >= 1 << kBoxShift)
+    for (int count = 1; count <= std::min(nodes, kMostSide); ++count) {
+      const TreeAttentionPlan other = cluster_plan(batch, nodes, group, kv_heads, capacity, count, multiprocessors);
+      if (other.row_tiles == 0) continue;
+      const double cost = cluster_cycles(other, capacity);
+      if (cost < least) least = cost, plan = other;
+    }
+  if (plan.kernel == TreeAttentionKernel::kSm90Cluster) return plan;
   if (plan.row_tiles == 0)  // the lengths of so many requests do not fit beside the tiles
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);

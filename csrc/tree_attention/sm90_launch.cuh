@@ -8,6 +8,7 @@
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "tree_attention/sm90.cuh"
+#include "tree_attention/sm90_cluster.cuh"
 #include "tree_attention/sm90_rows.cuh"
 
 namespace specvlm {
@@ -24,6 +25,21 @@ inline CUtensorMap cache_map(const char* name, const void* base, const TreeAtten
                           {paged ? p.pages : p.batch, strides.batch, 1}});
 }
 
+inline CUtensorMap rows_map(const TreeAttentionParams& p, const RowTiles& rows_of) {
+  return half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, p.head_dim,
+                         {{p.q_heads, p.q_strides.head, rows_of.group},
+                          {p.nodes, p.q_strides.token, rows_of.nodes},
+                          {p.batch, p.q_strides.batch, 1}});
+}
+
+// log2 of the positions of a page; of a tile where the cache is contiguous.
+inline int page_shift_of(const TreeAttentionParams& p, int tile_shift) {
+  if (p.page_table == nullptr) return tile_shift;
+  int shift = 0;
+  while (1 << shift < p.page_size) ++shift;
+  return shift;
+}
+
 // L: the kernels' layout of shared memory. ROWS: how they leave their parts, see parts.cuh. COPYING: the kernel for
 // pages that are too small for TMA.
 template <typename T, int D, class L, bool ROWS, auto KERNEL, auto COPYING>
@@ -32,17 +48,12 @@ void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& 
   RowTiles rows_of{plan.row_tiles, 0,        p.q_heads / p.kv_heads, plan.row_tile, run_cost(L::kTileShift),
                    L::kTileShift,  plan.side};
   rows_of.nodes = rows_of.rows / rows_of.group;
-  const CUtensorMap q_map = half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, D,
-                                            {{p.q_heads, p.q_strides.head, rows_of.group},
-                                             {p.nodes, p.q_strides.token, rows_of.nodes},
-                                             {p.batch, p.q_strides.batch, 1}});
+  const CUtensorMap q_map = rows_map(p, rows_of);
   const bool copied = p.page_table != nullptr && p.page_size < 1 << kBoxShift;
   // copies look at neither
   const CUtensorMap k_map = copied ? q_map : cache_map("k", p.k, p.k_strides, p, L::kTile),
                     v_map = copied ? q_map : cache_map("v", p.v, p.v_strides, p, L::kTile);
-  int page_shift = L::kTileShift;
-  if (p.page_table != nullptr)
-    for (page_shift = 0; 1 << page_shift < p.page_size;) ++page_shift;
+  const int page_shift = page_shift_of(p, L::kTileShift);
   const int shared = L::bytes(p.batch);
   copied ? prepare_kernel<COPYING>(shared) : prepare_kernel<KERNEL>(shared);
   launch_overlapped(copied ? COPYING : KERNEL, dim3(plan.side, plan.ctas / plan.side), dim3(kAttentionThreads), shared,
@@ -63,9 +74,27 @@ void dispatch_columns(const TreeAttentionParams& p, const TreeAttentionPlan& pla
   }
 }
 
+template <typename T, int D, int ROWS>
+void launch_tree_attention_cluster(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
+  if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // as above
+  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile};
+  rows_of.nodes = rows_of.rows / rows_of.group;
+  const int shared = ClusterLayout<D, ROWS>::bytes(cluster_tiles(p.capacity, plan.cluster));
+  constexpr auto kKernel = tree_attention_cluster_kernel<T, D, ROWS>;
+  prepare_kernel<kKernel, true>(shared);
+  launch_overlapped_clusters(kKernel, dim3(plan.cluster * plan.row_tiles, p.kv_heads, p.batch), dim3(kClusterThreads),
+                             plan.cluster, shared, stream, p, rows_map(p, rows_of),
+                             cache_map("k", p.k, p.k_strides, p, kTile), cache_map("v", p.v, p.v_strides, p, kTile),
+                             rows_of, page_shift_of(p, kTileShift), plan.cluster == 16 ? 4 : 3,
+                             ((1 << 16) + rows_of.group - 1) / rows_of.group);
+}
+
 template <typename T, int D>
 void tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
-  if (plan.kernel == TreeAttentionKernel::kSm90Rows)
+  if (plan.kernel == TreeAttentionKernel::kSm90Cluster)
+    (plan.columns == 32 ? launch_tree_attention_cluster<T, D, 32> : launch_tree_attention_cluster<T, D, 64>)(p, plan,
+                                                                                                             stream);
+  else if (plan.kernel == TreeAttentionKernel::kSm90Rows)
     launch_tree_attention_sm90<T, D, RowsLayout<D>, true, tree_attention_rows_kernel<T, D, false>,
                                tree_attention_rows_kernel<T, D, true>>(p, plan, stream);
   else

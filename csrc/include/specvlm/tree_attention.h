@@ -36,7 +36,8 @@ struct TreeAttentionParams {
   HalfType dtype;
 };
 
-enum class TreeAttentionKernel { kSm80, kSm90, kSm90Rows };  // rows: for many, see csrc/tree_attention/sm90_rows.cuh
+// Rows: for many. Cluster: for little work. See csrc/tree_attention/sm90_rows.cuh and sm90_cluster.cuh.
+enum class TreeAttentionKernel { kSm80, kSm90, kSm90Rows, kSm90Cluster };
 
 // Which kernel runs and how the work is cut: every CTA reads each K/V tile once for `row_tile` packed rows (node, head
 // of the group).
@@ -47,6 +48,7 @@ struct TreeAttentionPlan {
   int columns;    // row_tile rounded up to what the kernel was built for
   int group;      // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
   int side;       // kSm90, kSm90Rows: row tiles that as many CTAs take side by side, over the same tiles
+  int cluster;    // kSm90Cluster: CTAs that share a row tile's part of the cache, 8 or 16
   int ctas;
   std::size_t workspace_floats;
 };
