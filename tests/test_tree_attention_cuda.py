@@ -93,6 +93,38 @@ def test_scores_far_above_those_before(hq, hkv, nodes, who, above, dtype, cuda_k
     check(got, q, k, v, lens, words)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hq,hkv", [(28, 4), (40, 8), (64, 8)])
+def test_nodes_past_the_tree_may_hold_nan(hq, hkv, dtype, cuda_kernel):
+    """Also where a key far above those before makes references move."""
+    q, k, v, lens, words = problem(1, 26, 20_000, hq, hkv, 128, [19_900], dtype)
+    q[..., 0] = 128**0.5
+    k[:, :19_900, :, 0] = 0.0
+    k[:, 10_000, :, 0], k[:, 15_000, :, 0] = 30.0, 150.0
+    q[:, 12:] = float("nan")
+    tree_lens = torch.tensor([12], dtype=torch.int32, device=DEVICE)
+    got = sk.tree_attention(q, k, v, lens, words, tree_lens=tree_lens, return_lse=True, backend="cuda")
+    q[:, 12:] = 0.0
+    check(got, q, k, v, lens, words, tree_lens=tree_lens)
+
+
+@pytest.mark.parametrize("n,hq,hkv,s", [(26, 64, 8, 8192), (26, 28, 4, 8192), (4, 28, 4, 20_000), (48, 64, 8, 4096)])
+def test_no_part_is_read_that_was_not_written(n, hq, hkv, s, cuda_kernel):
+    """Whatever lies in the workspace, at lengths that give a CTA little or nothing."""
+    q, k, v, lens, words = problem(1, n, s, hq, hkv, 128, [s - n])
+    plan = planned(1, n, s, hq, hkv, 128)
+    for context in range(0, 4000, 61):
+        lens.fill_(context)
+
+        def run(poison):
+            torch.full((plan.workspace_floats,), poison, device=DEVICE)  # the next call gets its memory
+            return sk.tree_attention(q, k, v, lens, words, return_lse=True, backend="cuda")
+
+        for one, other in zip(run(1e4), run(-1e4)):
+            assert torch.equal(one, other), context
+    check(run(1e4), q, k, v, lens, words)
+
+
 @pytest.mark.parametrize("page_size", [1, 2, 4, 8, 32, 128, 256])
 @pytest.mark.parametrize("layout", ["tokens outside", "heads outside"])
 def test_pages_at_every_length(layout, page_size, cuda_kernel):

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   let_next_launch_start();
   if (threadIdx.x < 32) {
     const TeamLine line(p, rows_of);
-    const Cut cut(teams, line.scan(prefix));
+    const Cut cut = line.cut(teams, line.scan(prefix));
     const int live = line.live(request), tiles = line.tiles(line.context(request), live, row_tile);
     int3 at = make_int3(0, 0, live * rows_of.group);
     if (tiles > 0) {
@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
     const float4 other = gathered[g][thread];
     value.x += other.x, value.y += other.y, value.z += other.z, value.w += other.w;
   }
-  const bool seen_a = first_row + row_a < live_rows && totals[row_a] > 0.0f;
-  const bool seen_b = first_row + row_b < live_rows && totals[row_b] > 0.0f;
+  const bool seen_a = first_row + row_a < live_rows && totals[row_a] != 0.0f;
+  const bool seen_b = first_row + row_b < live_rows && totals[row_b] != 0.0f;
   const float a = 1.0f / totals[row_a], b = 1.0f / totals[row_b];
   const int dim_a = thread / 32 * 16 + (ROWS ? lane % 4 * 2 : lane / 4), dim_b = ROWS ? dim_a + 1 : dim_a;
   result[row_a][dim_a] = static_cast<T>(seen_a ? value.x * a : 0.0f);
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   reinterpret_cast<uint4*>(out)[slice * kChunks + chunk] = reinterpret_cast<const uint4*>(result[n])[chunk];
   if (p.lse != nullptr && chunk == 0 && slice == 0)
     p.lse[(static_cast<std::int64_t>(request) * p.nodes + node) * p.q_heads + q_head] =
-        row < live_rows && totals[n] > 0.0f ? (tops[n] + log2f(totals[n])) * 0.6931471805599453f
-                                            : __int_as_float(0xff800000);
+        row < live_rows && totals[n] != 0.0f ? (tops[n] + log2f(totals[n])) * 0.6931471805599453f
+                                             : __int_as_float(0xff800000);
 }
 
 template <typename T, int D, int GROUPS, bool ROWS>

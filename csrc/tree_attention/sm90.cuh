@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   // Then a first reference may be any score of the column if only the exponents of P are wide: of two positions instead
   // of all.
   constexpr bool kGuess = kLateVote && std::is_same_v<T, __nv_bfloat16>;
-  constexpr float kMostGrowth = std::is_same_v<T, __nv_bfloat16> ? 0x1p60f : 0x1p15f;  // of a thread's sums in a tile
+  constexpr float kMostGrowth =
+      std::is_same_v<T, __nv_bfloat16> ? 0x1p60f : 0x1p15f;  // of the sum of a thread's scores of a column
   // copies go faster with more registers, where the consumers can spare them
   constexpr int kProducerRegisters = COPIED && COLS <= 64 ? 72 : 24;
   extern __shared__ char raw_shared[];
@@ -390,7 +391,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       for (int c = 0; c < COLS / 4; ++c) {
         const float more = of_tile(c, [](float x) { return x; });
         sum[c] += more;
-        grown[c % 4] += more;
+        grown[c % 4] = fmaxf(grown[c % 4], more);  // a NaN of one column must not hide what is in others
       }
       if constexpr (kBlocks == 2) {  // every warp's product with the tile before is done: P's place is free
         wgmma_wait<0>();
@@ -436,7 +437,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       k_ready = t + 1 == end || phase_done(full_k + (last_stage ? 0 : k_stage + 1), k_phase ^ last_stage);
       // Far above its reference, a score would be too large for P. That shows in the sums, and is so rare that a pass
       // then counts for nothing (P of zeros) and the next one takes the tile again, with new references.
-      const bool above = (grown[0] + grown[1]) + (grown[2] + grown[3]) > kMostGrowth;
+      const bool above = fmaxf(fmaxf(grown[0], grown[1]), fmaxf(grown[2], grown[3])) > kMostGrowth;
       again = __any_sync(~0u, named_barrier_any(barrier, kWarpgroup, above) && !move);
       if (again) {
 #pragma unroll
@@ -474,7 +475,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (owner) {
         part.references()[group_of_warps * COLS + column] = column_reference[column];
         part.sums()[group_of_warps * COLS + column] = column_sum;
-        column_shared[column].x = column_sum > 0.0f ? 1.0f / column_sum : 0.0f;
+        column_shared[column].x = column_sum != 0.0f ? 1.0f / column_sum : 0.0f;
       }
       named_barrier(barrier, kWarpgroup);
       uint2* target = part.octet(group_of_warps * (COLS / 8)) + thread;
@@ -495,7 +496,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     const int rows = min(COLS, rows_of.rows - group_of_warps * COLS);
     if (owner) {
       const int row = first_row + column;
-      const bool seen = row < live_rows && column_sum > 0.0f;
+      const bool seen = row < live_rows && column_sum != 0.0f;
       if (p.lse != nullptr && column < rows && row < all_rows)
         p.lse[(static_cast<std::int64_t>(request) * p.nodes + row / rows_of.group) * p.q_heads + first_head +
               row % rows_of.group] =

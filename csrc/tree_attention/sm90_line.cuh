@@ -126,6 +126,9 @@ struct TeamLine : ItemLine {
     return s;
   }
 
+  // The line cut among teams. No share is so small that a team between two tiles of an item might have none of them.
+  __device__ Cut cut(int teams, int units) const { return Cut(min(teams, units / (1 + kMaskCost)), units); }
+
   // Where on the line the first and the last of an item's tiles are.
   __device__ int2 ends(const int* prefix, int request, int head, int row_tile, int tiles) const {
     const int context = context_of(prefix, request), live = live_of(prefix, request);
@@ -134,7 +137,8 @@ struct TeamLine : ItemLine {
 #pragma unroll 1
     for (; first + rows_of.side <= row_tile; first += rows_of.side) before += units_side_by_side(context, live, first);
     const int count = tiles_side_by_side(context, live, first);
-    return make_int2(unit + before + unit_of(0, count), unit + before + unit_of(tiles - 1, count));
+    const int start = unit + before;
+    return make_int2(start + unit_of(0, count), start + unit_of(tiles - 1, count));
   }
 };
 

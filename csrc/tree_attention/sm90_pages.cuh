@@ -184,7 +184,7 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
   volatile int *limit = prefix + p.batch + 1, *start = limit + 1;
   if (warp == 1) {
     int* guess = prefix + line_ints(p.batch);
-    const Cut cut(gridDim.y, line.scan(guess));
+    const Cut cut = line.cut(gridDim.y, line.scan(guess));
     const int unit = cut.start(blockIdx.y), end = cut.start(blockIdx.y + 1);
     if (unit < end) {
       const ItemRun s = line.run(guess, unit, end, blockIdx.x);
@@ -206,7 +206,7 @@ __device__ __forceinline__ void produce_by_copies(const TreeAttentionParams& p, 
   }
   wait_for_launch_before();  // what is above overlaps with the kernel before
   if (warp == 0) {
-    const Cut cut(gridDim.y, line.scan(prefix));
+    const Cut cut = line.cut(gridDim.y, line.scan(prefix));
     if (lane == 0) {
       *start = cut.start(blockIdx.y);
       *limit = cut.start(blockIdx.y + 1);

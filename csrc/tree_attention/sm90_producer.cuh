@@ -70,7 +70,7 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   if (guessed) {
     unit = *next;
   } else {
-    const Cut cut(gridDim.y, line.scan(prefix));
+    const Cut cut = line.cut(gridDim.y, line.scan(prefix));
     unit = cut.start(blockIdx.y);
     if (lane == 0) {
       *limit = cut.start(blockIdx.y + 1);

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           part.references()[row] = fresh[r] ? kNothing : reference[r];
           part.sums()[row] = sum[r];
         }
-        const float inverse = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+        const float inverse = sum[r] != 0.0f ? 1.0f / sum[r] : 0.0f;
         uint2* target = part.octet(warp_row / 8 + r) + lane;
 #pragma unroll
         for (int h = 0; h < L::kHalves; ++h)
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       const int local = warp_row + lane / 4 + 8 * r, row = run->row_tile * rows_of.rows + local;
       if (local >= rows_of.rows || row >= p.nodes * rows_of.group) continue;
       const int node = row / rows_of.group, q_head = run->head * rows_of.group + row % rows_of.group;
-      const bool seen = row < run->live * rows_of.group && sum[r] > 0.0f;
+      const bool seen = row < run->live * rows_of.group && sum[r] != 0.0f;
       if (p.lse != nullptr && lane % 4 == 0)
         p.lse[(static_cast<std::int64_t>(run->request) * p.nodes + node) * p.q_heads + q_head] =
             seen ? (reference[r] + log2f(sum[r])) * 0.6931471805599453f : __int_as_float(0xff800000);
