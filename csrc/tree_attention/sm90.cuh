@@ -66,11 +66,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   constexpr int kTile = L::kTile, kBlocks = L::kBlocks;
   // Where a tile takes long enough, the vote on references is that of the barrier behind it.
   constexpr bool kLateVote = COLS > kWideColumns;
-  // Then a first reference may be any score of the column if only the exponents of P are wide: of two positions instead
-  // of all.
+  // Where P's exponents are wide, too, a column's first reference is its largest score at two positions, not at all.
   constexpr bool kGuess = kLateVote && std::is_same_v<T, __nv_bfloat16>;
-  constexpr float kMostGrowth =
-      std::is_same_v<T, __nv_bfloat16> ? 0x1p60f : 0x1p15f;  // of the sum of a thread's scores of a column
   // copies go faster with more registers, where the consumers can spare them
   constexpr int kProducerRegisters = COPIED && COLS <= 64 ? 72 : 24;
   extern __shared__ char raw_shared[];
@@ -253,7 +250,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       std::uint64_t seen_by_any[kBlocks];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) seen_by_any[b] = ~0ull;
-      bool move = again || t == begin;  // references
+      bool move = again || t == begin;  // the references
       if (masked) {
         const int request = run->request, first_node = run->row_tile * rows_of.nodes;
         const int context = run->context, live = run->live;
@@ -437,7 +434,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       k_ready = t + 1 == end || phase_done(full_k + (last_stage ? 0 : k_stage + 1), k_phase ^ last_stage);
       // Far above its reference, a score would be too large for P. That shows in the sums, and is so rare that a pass
       // then counts for nothing (P of zeros) and the next one takes the tile again, with new references.
-      const bool above = fmaxf(fmaxf(grown[0], grown[1]), fmaxf(grown[2], grown[3])) > kMostGrowth;
+      const bool above = fmaxf(fmaxf(grown[0], grown[1]), fmaxf(grown[2], grown[3])) > kMostGrowth<T>;
       again = __any_sync(~0u, named_barrier_any(barrier, kWarpgroup, above) && !move);
       if (again) {
 #pragma unroll

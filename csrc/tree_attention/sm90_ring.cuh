@@ -1,7 +1,10 @@
 // What the consumers and the producers of the Hopper kernels have between them: a ring of K/V tiles, Q, and the runs.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "common/hopper.cuh"
 #include "tree_attention/sm90_line.cuh"
@@ -13,6 +16,9 @@ constexpr int kAttentionThreads = 3 * kWarpgroup;  // two warpgroups of consumer
 constexpr int kReady = 5;                          // named barriers: the mbarriers are initialized;
 constexpr int kAhead = 8;                          // the first run is guessed
 constexpr float kLag = 8.0f;  // how far (log2) a score may exceed the running reference before rescaling
+// Or, where that is found out behind the exponentials, a sum of them: so much may P be.
+template <typename T>
+constexpr float kMostGrowth = std::is_same_v<T, __nv_bfloat16> ? 0x1p40f : 0x1p15f;
 
 // 384 threads start with 168 registers each: what a producer thread gives back, two consumers share.
 __host__ __device__ constexpr int consumer_registers(int of_a_producer) { return (3 * 168 - of_a_producer) / 2; }

@@ -117,11 +117,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 
     // As in sm90.cuh: a pass issues the products with a tile's keys and with the values of the tile before, of which
     // only the first is awaited. For the first tile the product with V is of leftovers, which the next overwrites.
-    bool k_ready = false;
+    bool k_ready = false, again = false;
 #pragma unroll 1
-    for (int t = begin; t < end; ++t) {
+    for (int t = begin; t < end; t += !again) {
       if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
-      turns.take();
+      turns.take(!again);
       wgmma_keep(scores);
       keep_operands();
       wgmma_fence();
@@ -132,18 +132,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
             scores, swizzled_descriptor(q_operand + (step / 4 * (L::kRows * 128) + step % 4 * 32) / 16),
             swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16), step != 0);
       wgmma_commit();
-      multiply_values(t > begin + 1);
+      multiply_values(t > begin + !again);
       wgmma_commit();
-      turns.pass();
+      turns.pass(!again);
       const int v_before = v_stage;
-      if (t > begin && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+      const bool next_v = t > begin && !again;
+      if (next_v && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
       wgmma_wait<1>();
       wgmma_keep(scores);
-      if (lane == 0) {
-        ptx::mbarrier_arrive(empty_k + k_stage);
-        if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
-      }
-      if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
 
       const bool masked = (t + 1) * kTile > unmasked;
       std::uint64_t seen_by_any[kWords];
@@ -187,15 +183,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           }
         }
       }
-      float worst[4] = {-1.0f, -1.0f, -1.0f, -1.0f};
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        scores[i] = fmaf(scores[i], scale, -reference[i / 2 % 2]);
-        worst[i % 4] = fmaxf(worst[i % 4], scores[i]);
-      }
-      const bool above = fmaxf(fmaxf(worst[0], worst[1]), fmaxf(worst[2], worst[3])) > kLag;
-      // References move at the first tile a row sees; later only when a score is far above its own.
-      const bool moved = __any_sync(~0u, above || ((t == begin || masked) && (fresh[0] || fresh[1])));
+      for (int i = 0; i < kScores; ++i) scores[i] = fmaf(scores[i], scale, -reference[i / 2 % 2]);
+      // References move at the first tile a row sees; later only where a score is far above its own.
+      const bool moved = __any_sync(~0u, again || t == begin || (masked && (fresh[0] || fresh[1])));
       float decay[2] = {1.0f, 1.0f};
       if (moved) {
 #pragma unroll
@@ -219,6 +210,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       const bool v_ready = phase_done(full_v + v_stage, v_phase);  // asked early: the answer takes 60 cycles
 #pragma unroll
       for (int i = 0; i < kScores; ++i) scores[i] = exp2_fast(scores[i]);
+      float of_tile[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -226,7 +218,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         for (int i = 0; i < kScores / 8; ++i)
           part[i % 4] += (scores[8 * i + 2 * r] + scores[8 * i + 2 * r + 1]) +
                          (scores[8 * i + 4 + 2 * r] + scores[8 * i + 5 + 2 * r]);
-        sum[r] += (part[0] + part[1]) + (part[2] + part[3]);
+        of_tile[r] = (part[0] + part[1]) + (part[2] + part[3]);
       }
 
       if (!v_ready) wait_for_phase(full_v + v_stage, v_phase);
@@ -248,12 +240,30 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
         for (int i = 0; i < L::kHalves * 32; ++i) acc[i] *= decay[i / 2 % 2];
       }
-      if (lane == 0 && t > begin) ptx::mbarrier_arrive(empty_v + v_before);
+      if (lane == 0 && next_v) ptx::mbarrier_arrive(empty_v + v_before);
 #pragma unroll
       for (int step = 0; step < kTile / 16; ++step)
 #pragma unroll
         for (int i = 0; i < 4; ++i) shares[step][i] = pack<T>(scores[8 * step + 2 * i], scores[8 * step + 2 * i + 1]);
-      k_ready = t + 1 == end || phase_done(full_k + k_stage, k_phase);
+      const bool last_stage = k_stage + 1 == L::kStagesK;
+      k_ready = t + 1 == end || phase_done(full_k + (last_stage ? 0 : k_stage + 1), k_phase ^ last_stage);
+      // As in sm90.cuh: far above its reference, a score would be too large for P. Then the warpgroup's pass counts for
+      // nothing, and the next one takes the tile again.
+      const bool above = fmaxf(of_tile[0], of_tile[1]) > kMostGrowth<T>;
+      again = __any_sync(~0u, named_barrier_any(barrier, kWarpgroup, above) && !again);
+      if (again) {
+#pragma unroll
+        for (int i = 0; i < kTile / 16 * 4; ++i) shares[i / 4][i % 4] = 0;
+        k_ready = true;
+      } else {
+        sum[0] += of_tile[0], sum[1] += of_tile[1];
+        if (lane == 0) {
+          ptx::mbarrier_arrive(ring.empty_k + k_stage);
+          if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
+        }
+        k_stage = last_stage ? 0 : k_stage + 1;
+        k_phase ^= last_stage;
+      }
     }
     turns.take();
     keep_operands();
