@@ -101,9 +101,9 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
     }
     guessed = false;
     int t = run->begin;
+    int2 place = source.place(thread_again() % 32, run->request, t);
 #pragma unroll 1
     for (bool first = true; t < run->end; ++t, first = false) {
-      const int2 place = source.place(thread_again() % 32, run->request, t);
       auto load = [&](int ring, int at, const CUtensorMap* map, std::uint64_t* full) {
         if (lane == 0)
           ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at, L::kTileBytes);
@@ -123,8 +123,9 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
       }
       wait_for_phase(empty_v + v_stage, v_phase);
       load(L::kV, v_stage, &v_map, full_v);
-      // All CTAs' rings, asked for at once, would be in the way of what others begin with.
-      if (filling) wait_for_phase(full_v + v_stage, 0);
+      place = source.place(thread_again() % 32, run->request, t + 1);  // ahead: pages have to be looked up
+      // All CTAs' rings, asked for at once, would be in the way of what others begin with: two tiles are.
+      if (filling) wait_for_phase(full_v + max(v_stage - 1, 0), 0);
       if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1, filling = false;
     }
     if (lane == 0) *slot = *slot == 2 ? 0 : *slot + 1;
