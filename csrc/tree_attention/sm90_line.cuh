@@ -111,7 +111,7 @@ struct TeamLine : ItemLine {
     s.head = static_cast<int>(static_cast<unsigned>(rest) / static_cast<unsigned>(per_head));
     rest -= s.head * per_head;
     s.row_tile = 0;
-    // the bound is for lengths that change meanwhile, in a rehearsal
+    // the bound is for lengths that change meanwhile, for a warp that goes ahead
 #pragma unroll 1
     while (rest >= units_of(count) && s.row_tile + rows_of.side < rows_of.count) {
       rest -= units_of(count);

@@ -2,7 +2,7 @@
 // copy the rows of a tile, 16 bytes a thread at a time, to where TMA would have put them.
 //
 // Of the producer's warpgroup, warps 0, 2 and 3 copy; each walks along the line by itself and waits for nothing but
-// free stages, so that the whole ring may be under way. Warp 1 rehearses, as with TMA, then hands out the runs, asks
+// free stages, so that the whole ring may be under way. Warp 1 has Q brought near, then hands out the runs, asks
 // for Q, and passes on to the consumers what has landed: copies write through the generic proxy, wgmma reads through
 // the async proxy, and the fence between the two belongs behind the landing.
 #pragma once
@@ -131,7 +131,7 @@ __device__ __forceinline__ void copy_tiles(const TeamLine& line, const PageCopie
   copy_async_wait<0>();  // a thread does not leave before its copies are there
 }
 
-// Warp 1, after its rehearsal.
+// Warp 1, behind the wait.
 template <class L>
 __device__ __forceinline__ void relay_tiles(const CUtensorMap& q_map, const TeamLine& line, const int* prefix,
                                             const volatile int* limit, const volatile int* start, char* shared) {

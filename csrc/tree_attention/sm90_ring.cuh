@@ -115,7 +115,7 @@ __device__ __forceinline__ void clear_padding(char* shared, int rows) {
   ptx::fence_proxy_async(ptx::space_shared);
 }
 
-// For a warp that rehearses while the kernel before may still run: Q and the first tiles of a run are brought into the
+// For a warp that goes ahead while the kernel before may still run: Q and the first tiles of a run are brought into the
 // L2. The lengths may be old ones then, and so may be the tiles: the L2 stays coherent.
 template <class L>
 __device__ __forceinline__ void bring_near(const TreeAttentionParams& p, const RowTiles& rows_of, const ItemRun& s,
