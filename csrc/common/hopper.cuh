@@ -66,9 +66,21 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Only if `taking`, without a branch.
+__device__ __forceinline__ void named_barrier_if(bool taking, int id, int threads) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p barrier.cta.sync %0, %1;\n}\n" ::"r"(id), "r"(threads),
+               "r"(static_cast<int>(taking))
+               : "memory");
+}
+
 // Counts towards a named barrier without waiting at it.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive_if(bool taking, int id, int threads) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p barrier.cta.arrive %0, %1;\n}\n" ::"r"(id), "r"(threads),
+               "r"(static_cast<int>(taking))
+               : "memory");
 }
 
 // A barrier that also says whether any of its threads brought true.
@@ -104,30 +116,6 @@ __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
 __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t m0, std::uint32_t m1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(address), "r"(m0), "r"(m1)
                : "memory");
-}
-
-// Where another CTA of the cluster has what this one has at an address of its shared memory.
-__device__ __forceinline__ std::uint32_t shared_of_cta(std::uint32_t address, int cta) {
-  std::uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(cta));
-  return there;
-}
-
-// 16 or 8 bytes into the shared memory of a CTA of the cluster; completes on a barrier there.
-__device__ __forceinline__ void store_async(std::uint32_t target, std::uint32_t x, std::uint32_t y, std::uint32_t z,
-                                            std::uint32_t w, std::uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(target),
-      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
-      : "memory");
-}
-
-__device__ __forceinline__ void store_async(std::uint32_t target, std::uint32_t x, std::uint32_t y,
-                                            std::uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n" ::"r"(target), "r"(x),
-      "r"(y), "r"(barrier)
-      : "memory");
 }
 
 // Cache hints as the compiler's own createpolicy would give them.

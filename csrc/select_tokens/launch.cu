@@ -26,24 +26,19 @@ template <SelectTokensKernel KERNEL, bool RESIDENT>
 void launch(const SelectTokensParams& p, const SelectTokensPlan& plan, cudaStream_t stream) {
   constexpr auto kKernel = select_tokens_kernel<KERNEL, RESIDENT>;
   prepare_kernel<kKernel>(shared_bytes(plan));
+  const dim3 grid(plan.ctas, p.rows), block(kSelectThreads);
+  if (KERNEL == SelectTokensKernel::kCluster)
+    return launch_overlapped_clusters(kKernel, grid, block, plan.ctas, shared_bytes(plan), stream, p, plan.slots);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.ctas, p.rows);
-  config.blockDim = dim3(kSelectThreads);
+  config.gridDim = grid;
+  config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes(plan);
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (KERNEL == SelectTokensKernel::kCluster) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(plan.ctas), 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.numAttrs = 2;
-  } else if (KERNEL == SelectTokensKernel::kGrid) {
-    attributes[0].id = cudaLaunchAttributeCooperative;  // all CTAs are there, or none
-    attributes[0].val.cooperative = 1;
-    config.numAttrs = 1;
-  }
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeCooperative;  // all CTAs are there, or none
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = KERNEL == SelectTokensKernel::kGrid ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kKernel, p, plan.slots), "select_tokens launch");
 }
 

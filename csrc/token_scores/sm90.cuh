@@ -111,7 +111,7 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
       ptx::mbarrier_init(empty + s, 4);  // the warps of the one warpgroup that reads the stage
     }
     for (int c = 0; c < plan.chunks; ++c) ptx::mbarrier_init(q_full + c, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
   }
   // rows past the last chunk are multiplied, too, and must be finite
   const int pad = plan.rows - plan.chunks * chunk_rows;

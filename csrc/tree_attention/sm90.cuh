@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     };
     // A pass issues the products with a tile's keys and with the values of the tile before, of which only the first is
     // awaited: the second runs while the pass takes the tile's exponentials. For the first tile the product with V is
-    // of leftovers, which the next overwrites; in the pass after the last tile the product with K is, and nobody reads
-    // it. Branches around them would make the compiler serialize all products, and separate code would be fetched cold.
+    // of leftovers, which the next overwrites. Branches around them would make the compiler serialize all products, and
+    // separate code would be fetched cold.
     bool k_ready = false, again = false;
 #pragma unroll 1
     for (int t = begin; t < end; t += !again) {

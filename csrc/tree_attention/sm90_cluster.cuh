@@ -34,6 +34,21 @@ struct ClusterLayout {
   static constexpr int bytes(int tiles) { return kTiles + tiles * 2 * kTileBytes; }
 };
 
+// The mbarriers in a CTA's shared memory: a tile's keys and values are there, the lengths by which they were loaded are
+// right, and all parts of its rows have come; and the phase of the first two by which they are right.
+template <class L>
+struct ClusterBarriers {
+  std::uint64_t *full_k, *full_v, *checked, *gathered;
+  volatile std::uint32_t* parity;
+
+  __device__ explicit ClusterBarriers(char* shared)
+      : full_k(reinterpret_cast<std::uint64_t*>(shared + L::kBarriers)),
+        full_v(full_k + kMostClusterTiles),
+        checked(full_v + kMostClusterTiles),
+        gathered(checked + 1),
+        parity(reinterpret_cast<volatile std::uint32_t*>(gathered + 1)) {}
+};
+
 // What the CTA of a cluster with most of the tiles has, at full capacity.
 constexpr int cluster_tiles(std::int64_t capacity, int ctas) {
   return static_cast<int>(((capacity + kTile - 1) / kTile + ctas - 1) / ctas);
@@ -64,8 +79,7 @@ __device__ __forceinline__ void fetch_share(const ItemLine& line, const CUtensor
                                             const CUtensorMap& v_map, int page_shift, int cluster_shift, char* shared) {
   const TreeAttentionParams& p = line.p;
   const RowTiles& rows_of = line.rows_of;
-  auto* full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
-  std::uint64_t *full_v = full_k + kMostClusterTiles, *checked = full_v + kMostClusterTiles, *gathered = checked + 1;
+  const auto [full_k, full_v, checked, gathered, parity_shared] = ClusterBarriers<L>(shared);
   const int cta = blockIdx.x & ((1 << cluster_shift) - 1), row_tile = blockIdx.x >> cluster_shift;
   const int head = blockIdx.y, request = blockIdx.z, lane = threadIdx.x % 32;
   const int box_shift = min(page_shift, kTileShift), boxes_shift = kTileShift - box_shift;  // log2: positions, boxes
@@ -141,7 +155,7 @@ __device__ __forceinline__ void fetch_share(const ItemLine& line, const CUtensor
     parity ^= 1;
   }
   if (lane == 0) {
-    *reinterpret_cast<volatile std::uint32_t*>(gathered + 1) = parity;
+    *parity_shared = parity;
     ptx::mbarrier_arrive(checked);
   }
 }
@@ -158,8 +172,7 @@ __global__ void __launch_bounds__(kClusterThreads, ROWS == 32 ? 2 : 1)
   constexpr int kRowsOfThread = ROWS / 32;  // with 32 the 8 rows of the lower half of a warp's 16
   constexpr int kSlices = D / 32;           // 32 dims of two rows of a part are 32 words, one for each lane
   extern __shared__ __align__(1024) char shared[];
-  auto* full_k = reinterpret_cast<std::uint64_t*>(shared + L::kBarriers);
-  std::uint64_t *full_v = full_k + kMostClusterTiles, *checked = full_v + kMostClusterTiles, *gathered = checked + 1;
+  const auto [full_k, full_v, checked, gathered, parity_shared] = ClusterBarriers<L>(shared);
   const int ctas = 1 << cluster_shift, cta = blockIdx.x & (ctas - 1), row_tile = blockIdx.x >> cluster_shift;
   const int head = blockIdx.y, request = blockIdx.z, lane = threadIdx.x % 32;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
@@ -173,7 +186,7 @@ __global__ void __launch_bounds__(kClusterThreads, ROWS == 32 ? 2 : 1)
       prefetch_map(&v_map);
 #pragma unroll
       for (int i = 0; i < 2 * kMostClusterTiles + 2; ++i) ptx::mbarrier_init(full_k + i, 1);
-      asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+      ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
       ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, gathered,
                                      ctas * min(max(rows_of.rows - cta * owned, 0), owned) * (D * 2 + 8));
     }
@@ -226,7 +239,7 @@ __global__ void __launch_bounds__(kClusterThreads, ROWS == 32 ? 2 : 1)
   const auto [begin, tiles] = ClusterShare(line.tiles(context, live, row_tile), cta, cluster_shift);
   const int unmasked = line.unmasked(context, row_tile);
   wait_for_phase(checked, 0);
-  const std::uint32_t parity = __shfl_sync(~0u, *reinterpret_cast<volatile std::uint32_t*>(gathered + 1), 0);
+  const std::uint32_t parity = __shfl_sync(~0u, *parity_shared, 0);
   float reference[kRowsOfThread], sum[kRowsOfThread];
 #pragma unroll
   for (int r = 0; r < kRowsOfThread; ++r) reference[r] = kNothing, sum[r] = 0.0f;
@@ -328,18 +341,17 @@ __global__ void __launch_bounds__(kClusterThreads, ROWS == 32 ? 2 : 1)
 
   // A part: divided by its own sum and in 16 bits, as in parts.cuh. Two rows and 32 dims lie side by side, in the
   // order in which the lanes hold them. References and sums go first, while the last product runs.
-  std::uint32_t target[kRowsOfThread], barrier[kRowsOfThread];
+  char* owner[kRowsOfThread];  // shared memory of the CTAs that own this thread's rows
 #pragma unroll
   for (int r = 0; r < kRowsOfThread; ++r) {
     sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
     sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
     const int row = first_row + 8 * r, local = row & (owned - 1);
-    const std::uint32_t owner = shared_of_cta(shared_address(shared), row >> owned_shift);
-    target[r] = owner + L::kParts + (cta * owned + (local & ~1)) * (D * 2) + local % 2 * 64 + lane % 4 * 16;
-    barrier[r] = owner + L::kBarriers + (2 * kMostClusterTiles + 1) * 8;
+    owner[r] = static_cast<char*>(__cluster_map_shared_rank(shared, row >> owned_shift));
+    const float weight[2] = {reference[r], sum[r]};
     if (row < rows_of.rows && lane % 4 == 0)
-      store_async(owner + L::kWeights + (local * kMostClusterCtas + cta) * 8, __float_as_uint(reference[r]),
-                  __float_as_uint(sum[r]), barrier[r]);
+      ptx::st_async(reinterpret_cast<float*>(owner[r] + L::kWeights + (local * kMostClusterCtas + cta) * 8), weight,
+                    ClusterBarriers<L>(owner[r]).gathered);
   }
   wgmma_wait<0>();
   wgmma_keep(acc);
@@ -349,7 +361,9 @@ __global__ void __launch_bounds__(kClusterThreads, ROWS == 32 ? 2 : 1)
   }
 #pragma unroll
   for (int r = 0; r < kRowsOfThread; ++r) {
-    if (first_row + 8 * r >= rows_of.rows) continue;
+    const int row = first_row + 8 * r, local = row & (owned - 1);
+    if (row >= rows_of.rows) continue;
+    char* target = owner[r] + L::kParts + (cta * owned + (local & ~1)) * (D * 2) + local % 2 * 64 + lane % 4 * 16;
     const float inverse = sum[r] > 0.0f ? reciprocal_fast(sum[r]) : 0.0f;
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
@@ -357,7 +371,9 @@ __global__ void __launch_bounds__(kClusterThreads, ROWS == 32 ? 2 : 1)
         const int at = (slice * 4 + n) * 4 + 2 * r;
         return pack<T>(acc[at] * inverse, acc[at + 1] * inverse);
       };
-      store_async(target[r] + slice * 128, word(0), word(1), word(2), word(3), barrier[r]);
+      const std::uint32_t words[4] = {word(0), word(1), word(2), word(3)};
+      ptx::st_async(reinterpret_cast<std::uint32_t*>(target + slice * 128), words,
+                    ClusterBarriers<L>(owner[r]).gathered);
     }
   }
 

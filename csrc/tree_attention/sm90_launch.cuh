@@ -25,6 +25,11 @@ inline CUtensorMap cache_map(const char* name, const void* base, const TreeAtten
                           {paged ? p.pages : p.batch, strides.batch, 1}});
 }
 
+inline RowTiles row_tiles_of(const TreeAttentionParams& p, const TreeAttentionPlan& plan) {
+  const int group = p.q_heads / p.kv_heads;
+  return {plan.row_tiles, plan.row_tile / group, group, plan.row_tile};
+}
+
 inline CUtensorMap rows_map(const TreeAttentionParams& p, const RowTiles& rows_of) {
   return half_tensor_map("q", p.q, p.dtype == HalfType::kBFloat16, p.head_dim,
                          {{p.q_heads, p.q_strides.head, rows_of.group},
@@ -43,11 +48,9 @@ inline int page_shift_of(const TreeAttentionParams& p, int tile_shift) {
 // L: the kernels' layout of shared memory. ROWS: how they leave their parts, see parts.cuh. COPYING: the kernel for
 // pages that are too small for TMA.
 template <typename T, int D, class L, bool ROWS, auto KERNEL, auto COPYING>
-void launch_tree_attention_sm90(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
-  if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // 0 * -inf would be NaN
-  RowTiles rows_of{plan.row_tiles, 0,        p.q_heads / p.kv_heads, plan.row_tile, run_cost(L::kTileShift),
-                   L::kTileShift,  plan.side};
-  rows_of.nodes = rows_of.rows / rows_of.group;
+void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
+  RowTiles rows_of = row_tiles_of(p, plan);
+  rows_of.run_cost = run_cost(L::kTileShift), rows_of.tile_shift = L::kTileShift, rows_of.side = plan.side;
   const CUtensorMap q_map = rows_map(p, rows_of);
   const bool copied = p.page_table != nullptr && p.page_size < 1 << kBoxShift;
   // copies look at neither
@@ -75,10 +78,8 @@ void dispatch_columns(const TreeAttentionParams& p, const TreeAttentionPlan& pla
 }
 
 template <typename T, int D, int ROWS>
-void launch_tree_attention_cluster(TreeAttentionParams p, const TreeAttentionPlan& plan, cudaStream_t stream) {
-  if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // as above
-  RowTiles rows_of{plan.row_tiles, 0, p.q_heads / p.kv_heads, plan.row_tile};
-  rows_of.nodes = rows_of.rows / rows_of.group;
+void launch_tree_attention_cluster(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
+  const RowTiles rows_of = row_tiles_of(p, plan);
   const int shared = ClusterLayout<D, ROWS>::bytes(cluster_tiles(p.capacity, plan.cluster));
   constexpr auto kKernel = tree_attention_cluster_kernel<T, D, ROWS>;
   prepare_kernel<kKernel, true>(shared);
@@ -90,7 +91,9 @@ void launch_tree_attention_cluster(TreeAttentionParams p, const TreeAttentionPla
 }
 
 template <typename T, int D>
-void tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
+void tree_attention_sm90(const TreeAttentionParams& params, const TreeAttentionPlan& plan, cudaStream_t stream) {
+  TreeAttentionParams p = params;
+  if (p.scale == 0.0f) p.scale = std::numeric_limits<float>::min();  // 0 * -inf would be NaN
   if (plan.kernel == TreeAttentionKernel::kSm90Cluster)
     (plan.columns == 32 ? launch_tree_attention_cluster<T, D, 32> : launch_tree_attention_cluster<T, D, 64>)(p, plan,
                                                                                                              stream);

@@ -15,9 +15,10 @@ constexpr int kMaskCost = 1;  // and what the masks of its last tile cost, in ti
 
 constexpr int kMostSide = 4;  // row tiles side by side
 
-// Integers in shared memory: the units before each request and of all, two of the producer's, two lengths, and where
-// the first run ends.
+// Integers in shared memory: the units before each request and of all, and two of the producer's; of a single request
+// its two lengths, too, and where the first run ends.
 __host__ __device__ constexpr int line_ints(int batch) { return batch + 1 + 2 + 2 + 1; }
+constexpr int kLengthsAt = 4, kNextAt = 6;
 
 // A run of tiles of one item: a request, a KV head and a row tile.
 struct ItemRun {
@@ -37,9 +38,11 @@ struct TeamLine : ItemLine {
 
   // The lengths of a request after `scan`: of a single one they are remembered, as reading them takes 300 ns each time.
   __device__ int context_of(const int* prefix, int request) const {
-    return p.batch == 1 ? prefix[4] : context(request);
+    return p.batch == 1 ? prefix[kLengthsAt] : context(request);
   }
-  __device__ int live_of(const int* prefix, int request) const { return p.batch == 1 ? prefix[5] : live(request); }
+  __device__ int live_of(const int* prefix, int request) const {
+    return p.batch == 1 ? prefix[kLengthsAt + 1] : live(request);
+  }
 
   __device__ int tiles_side_by_side(int context, int live, int first_row_tile) const {
     const int first = first_row_tile * rows_of.nodes;
@@ -75,7 +78,7 @@ struct TeamLine : ItemLine {
       before = p.kv_heads * units_per_head(context, live);
       if (lane < 2) {
         prefix[lane] = lane * before;
-        prefix[4 + lane] = lane == 0 ? context : live;
+        prefix[kLengthsAt + lane] = lane == 0 ? context : live;
       }
       __syncwarp();
       return before;

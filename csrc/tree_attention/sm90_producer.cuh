@@ -49,8 +49,8 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   const TeamLine line(p, rows_of);
   int* prefix = reinterpret_cast<int*>(shared + L::kPrefix);
   volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;  // in registers they would cost spills
-  volatile int *lengths = prefix + 4, *next = prefix + 6;         // of a single request
-  bool guessed = false;                                           // right
+  volatile int *lengths = prefix + kLengthsAt, *next = prefix + kNextAt;
+  bool guessed = false;  // right
   if (!ahead) {
     if (lane == 0) {
       prefetch_map(&k_map);

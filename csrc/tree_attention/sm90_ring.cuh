@@ -30,14 +30,10 @@ struct Turns {
   int warpgroup;
 
   __device__ __forceinline__ void take(bool turn = true) const {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p barrier.cta.sync %0, %1;\n}\n" ::"r"(3 + warpgroup),
-                 "r"(2 * kWarpgroup), "r"(static_cast<int>(turn))
-                 : "memory");
+    named_barrier_if(turn, 3 + warpgroup, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void pass(bool turn = true) const {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p barrier.cta.arrive %0, %1;\n}\n" ::"r"(4 - warpgroup),
-                 "r"(2 * kWarpgroup), "r"(static_cast<int>(turn))
-                 : "memory");
+    named_barrier_arrive_if(turn, 4 - warpgroup, 2 * kWarpgroup);
   }
 };
 
@@ -77,7 +73,7 @@ __device__ __forceinline__ void init_ring(const AttentionRing<L>& ring) {
   }
   ptx::mbarrier_init(ring.full_q, 1);
   ptx::mbarrier_init(ring.empty_q, 8);
-  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+  ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
 }
 
 __device__ __forceinline__ void hand_over(volatile ItemRun* run, const ItemRun& s) {
