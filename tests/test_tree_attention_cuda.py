@@ -79,7 +79,10 @@ def test_big_trees_and_long_texts(nodes, dtype, cuda_kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("above", [(10.5,), (10.5, 30.0, 200.0)], ids=["a little", "more and more"])
 @pytest.mark.parametrize("who", [slice(None), slice(3), slice(-3, None)], ids=["all", "first", "last"])
-@pytest.mark.parametrize("hq,hkv,nodes", [(28, 4, 4), (28, 4, 26), (40, 8, 26), (40, 8, 64), (64, 8, 26), (64, 8, 48)])
+@pytest.mark.parametrize(
+    "hq,hkv,nodes",
+    [(28, 4, 4), (28, 4, 26), (40, 8, 26), (40, 8, 32), (40, 8, 64), (64, 8, 26), (64, 8, 32), (64, 8, 48)],
+)
 def test_scores_far_above_those_before(hq, hkv, nodes, who, above, dtype, cuda_kernel):
     """Now and then a key whose scores (natural log) are so much larger that references have to move: those of all
     nodes, or of nodes that one warpgroup has. With 10.5 the many others still have 1.5% of the weight."""
@@ -223,9 +226,9 @@ def test_one_logit_far_from_all_others(position, sign, cuda_kernel):
 
 
 # Nodes, and a context so short that it and the tree share a tile that a run begins with, and the tree reaches into the
-# next: 72 columns a warpgroup with padding, rows on the 64-row side with padding, 80 columns (128 positions) with
-# padding, and few columns.
-STRADDLING = [(26, 50), (48, 100), (60, 100), (4, 62)]
+# next: 72 columns a warpgroup with padding, rows on the 64-row side with padding by pairs of CTAs and without pairs, 80
+# columns with padding, and few columns.
+STRADDLING = [(26, 50), (48, 100), (60, 100), (31, 50), (4, 62)]
 
 
 @pytest.mark.parametrize("nodes,short", STRADDLING)
@@ -284,6 +287,33 @@ def test_graph_replays_with_other_lengths_and_pages(nodes, page_size, cuda_kerne
         assert torch.equal(
             out, sk.tree_attention(q, k_pages, v_pages, lens, words, page_table=table, backend="cuda")
         ), new
+
+
+# B, N, S, Hq, Hkv: one pair for all rows, and two of which the second has a CTA without a row tile in the last round
+PAIRS = [(1, 32, 3072, 64, 8), (3, 48, 4096, 40, 8), (2, 112, 3072, 64, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("b,n,s,hq,hkv", PAIRS)
+def test_pairs_that_load_for_each_other(b, n, s, hq, hkv, dtype, cuda_kernel):
+    """Contexts whose last row tiles see a tile more than the first ones, trees that end within the first row tile, and
+    requests without any: right, and bitwise what CTAs give that load for themselves, as with pages of 2 tokens."""
+    if backend.architecture(0) >= 90:
+        assert chosen(b, n, s, hq, hkv, 128) == "SM90_ROWS"
+        assert [planned(b, n, s, hq, hkv, 128, size).cluster for size in (0, 16, 2)] == [2, 2, 1]
+    for contexts in ([s - n, 128 - n // 2, 0], [1024 - n // 2, 256 - n, 2000], [1280 - n + 1, s - n, 127]):
+        q, k, v, lens, words = problem(b, n, s, hq, hkv, 128, contexts[:b], dtype)
+        pools = [(paged(k, size), paged(v, size)) for size in (2, 16)]
+        for live in ([n, n, n], [5, n, n - 7], [n, 0, 17]):
+            kwargs = dict(tree_lens=torch.tensor(live[:b], dtype=torch.int32, device=DEVICE))
+            for mask in (words, None):
+                got = sk.tree_attention(q, k, v, lens, mask, return_lse=True, backend="cuda", **kwargs)
+                check(got, q, k, v, lens, mask, **kwargs)
+                for (k_pages, table), (v_pages, _) in pools:
+                    same = sk.tree_attention(
+                        q, k_pages, v_pages, lens, mask, page_table=table, return_lse=True, backend="cuda", **kwargs
+                    )
+                    assert torch.equal(same[0], got[0]) and torch.equal(same[1], got[1]), (contexts, live)
 
 
 def test_an_output_of_odd_strides(cuda_kernel):

@@ -95,6 +95,16 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine
   return any != 0;
 }
 
+// Arrives at the same barrier of another CTA of the cluster, if `arriving`; without a branch. Relaxed: a release would
+// be a fence of the whole GPU. So it tells only of reads that have been waited for, as wgmma's.
+__device__ __forceinline__ void remote_arrive_if(bool arriving, std::uint64_t* barrier, std::uint32_t rank) {
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 remote;\nsetp.ne.b32 p, %2, 0;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "@p mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared_address(barrier)),
+      "r"(rank), "r"(static_cast<int>(arriving))
+      : "memory");
+}
+
 __device__ __forceinline__ void wait_for_phase(std::uint64_t* barrier, std::uint32_t parity) {
   while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
   }
@@ -142,6 +152,16 @@ __device__ __forceinline__ void load_box(void* target, const CUtensorMap* map, i
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(target)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint)
+      : "memory");
+}
+
+// The same into the same place of several CTAs of a cluster, on the barrier there; bit i of `ranks` stands for CTA i.
+__device__ __forceinline__ void load_box_for_cluster(void* target, const CUtensorMap* map, int c0, int c1, int c2,
+                                                     int c3, std::uint64_t* barrier, std::uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;\n" ::"r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(ranks), "l"(kEvictFirst)
       : "memory");
 }
 

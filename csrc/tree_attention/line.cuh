@@ -20,6 +20,7 @@ struct RowTiles {
   int run_cost = 0;             // what an item costs a CTA of the Hopper kernels besides its tiles, in tiles
   int tile_shift = kTileShift;  // log2 of the cache positions per tile
   int side = 1;                 // row tiles that a team of CTAs takes side by side, see sm90_line.cuh
+  bool paired = false;          // two of them form a cluster, and each loads a half of K and V for both
 };
 
 // The line: the tiles of all items, one after the other. An item is a request, a KV head and a row tile; it comes as

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(GROUPS * 64, 16 / GROUPS)
   if (threadIdx.x < 32) {
     const TeamLine line(p, rows_of);
     const Cut cut = line.cut(teams, line.scan(prefix));
-    const int live = line.live(request), tiles = line.tiles(line.context(request), live, row_tile);
+    const int live = line.live(request);
+    const int tiles = line.tiles_side_by_side(line.context(request), live, row_tile / rows_of.side * rows_of.side);
     int3 at = make_int3(0, 0, live * rows_of.group);
     if (tiles > 0) {
       const int2 ends = line.ends(prefix, request, head, row_tile, tiles);

@@ -51,6 +51,7 @@ template <typename T, int D, class L, bool ROWS, auto KERNEL, auto COPYING>
 void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentionPlan& plan, cudaStream_t stream) {
   RowTiles rows_of = row_tiles_of(p, plan);
   rows_of.run_cost = run_cost(L::kTileShift), rows_of.tile_shift = L::kTileShift, rows_of.side = plan.side;
+  rows_of.paired = plan.cluster == 2;
   const CUtensorMap q_map = rows_map(p, rows_of);
   const bool copied = p.page_table != nullptr && p.page_size < 1 << kBoxShift;
   // copies look at neither
@@ -59,8 +60,8 @@ void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentio
   const int page_shift = page_shift_of(p, L::kTileShift);
   const int shared = L::bytes(p.batch);
   copied ? prepare_kernel<COPYING>(shared) : prepare_kernel<KERNEL>(shared);
-  launch_overlapped(copied ? COPYING : KERNEL, dim3(plan.side, plan.ctas / plan.side), dim3(kAttentionThreads), shared,
-                    stream, p, q_map, k_map, v_map, rows_of, page_shift);
+  launch_overlapped_clusters(copied ? COPYING : KERNEL, dim3(plan.side, plan.ctas / plan.side), dim3(kAttentionThreads),
+                             plan.cluster, shared, stream, p, q_map, k_map, v_map, rows_of, page_shift);
   launch_combine_parts<T, D, ROWS>(p, plan, rows_of, stream);
 }
 

@@ -30,9 +30,10 @@ struct ItemRun {
 };
 
 // A team of `side` CTAs (a row of the grid) reads the same tiles at the same time, each for a row tile of its own, so
-// that K and V come from device memory once. The line that is cut among the teams: for every request, head and `side`
-// row tiles rows_of.run_cost units of no tile, then as many as the longest of these row tiles has tiles, and kMaskCost
-// of none before the last of them.
+// that K and V come from device memory once. They all take as many as the one that sees most, and mask what they do not
+// see; a pair takes them even where it has no row tile for its second CTA. The line that is cut among the teams: for
+// every request, head and `side` row tiles rows_of.run_cost units of no tile, then as many as the longest of these row
+// tiles has tiles, and kMaskCost of none before the last of them.
 struct TeamLine : ItemLine {
   using ItemLine::ItemLine;
 
@@ -122,7 +123,7 @@ struct TeamLine : ItemLine {
       count = tiles_side_by_side(s.context, s.live, s.row_tile);
     }
     s.row_tile += member;
-    s.item_tiles = s.row_tile < rows_of.count ? tiles(s.context, s.live, s.row_tile) : 0;
+    s.item_tiles = s.row_tile < rows_of.count || rows_of.paired ? count : 0;
     s.units = min(units_of(count) - rest, limit - unit);
     s.begin = tiles_before(rest, count);
     s.end = min(tiles_before(rest + s.units, count), s.item_tiles);

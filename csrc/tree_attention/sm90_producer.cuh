@@ -26,11 +26,20 @@ struct TileSource {
     const int page = p.page_table[request * p.page_table_stride + index];
     return make_int2(min(max(page, 0), p.pages - 1), position & (p.page_size - 1));
   }
-  template <int HALVES>
-  __device__ void load(char* stage, const CUtensorMap* map, int lane, int head, int2 place, std::uint64_t* full) const {
+  template <class L>
+  __device__ void load(char* stage, const CUtensorMap* map, int lane, int head, int2 place, std::uint64_t* full,
+                       bool paired) const {
+    char* box = stage + (lane << box_shift) * 128;
+    if constexpr (L::kPairs) {
+      if (paired) {
+        const int half = blockIdx.x % 2;
+        load_box_for_cluster(box + half * TILE * 128, map, half * 64, head, place.y, place.x, full, 0b11);
+        return;
+      }
+    }
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half)
-      load_box(stage + half * TILE * 128 + (lane << box_shift) * 128, map, half * 64, head, place.y, place.x, full);
+    for (int half = 0; half < L::kHalves; ++half)
+      load_box(box + half * TILE * 128, map, half * 64, head, place.y, place.x, full);
   }
 };
 
@@ -51,15 +60,19 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
   volatile int *limit = prefix + p.batch + 1, *slot = limit + 1;  // in registers they would cost spills
   volatile int *lengths = prefix + kLengthsAt, *next = prefix + kNextAt;
   bool guessed = false;  // right
-  if (!ahead) {
+  const bool paired = L::kPairs && rows_of.paired;
+  if (ahead) {
+    if (paired) meet_pair();
+  } else {
     if (lane == 0) {
       prefetch_map(&k_map);
       prefetch_map(&q_map);
       prefetch_map(&v_map);
-      init_ring(ring);
+      init_ring(ring, paired);
     }
     __syncwarp();
     named_barrier_arrive(kReady, 2 * kWarpgroup + 32);
+    if (paired) meet_pair();
     wait_for_launch_before();  // what is above overlaps with the kernel before
     const int context = p.batch == 1 ? line.context(0) : -1, live = p.batch == 1 ? line.live(0) : -1;
     named_barrier(kAhead, 64);
@@ -109,8 +122,8 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
           ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full + at, L::kTileBytes);
         __syncwarp();
         if (source.has(lane))
-          source.load<L::kHalves>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
-                                  full + at);
+          source.template load<L>(shared + ring + at * L::kTileBytes, map, thread_again() % 32, run->head, place,
+                                  full + at, paired);
       };
       wait_for_phase(empty_k + k_stage, k_phase);
       load(L::kK, k_stage, &k_map, full_k);
@@ -141,6 +154,20 @@ __device__ __forceinline__ void produce(const TreeAttentionParams& p, const CUte
     runs[*slot].begin = 0;  // no more
     runs[*slot].end = 0;
     ptx::mbarrier_arrive(full_q);
+  }
+  if constexpr (L::kPairs) {
+    if (!paired) return;
+    // The other CTA must still find the barriers when it releases its last stages.
+#pragma unroll 1
+    for (int i = 0; i < L::kStagesK; ++i) {
+      wait_for_phase(empty_k + k_stage, k_phase);
+      if (++k_stage == L::kStagesK) k_stage = 0, k_phase ^= 1;
+    }
+#pragma unroll 1
+    for (int i = 0; i < L::kStagesV; ++i) {
+      wait_for_phase(empty_v + v_stage, v_phase);
+      if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
+    }
   }
 }
 

@@ -60,20 +60,33 @@ struct AttentionRing {
 
 // By one thread, before anybody looks at them.
 template <class L>
-__device__ __forceinline__ void init_ring(const AttentionRing<L>& ring) {
+__device__ __forceinline__ void init_ring(const AttentionRing<L>& ring, bool paired = false) {
+  const int consumers = paired ? 16 : 8;  // warps that say that they are done with a stage
 #pragma unroll
   for (int i = 0; i < L::kStagesK; ++i) {
     ptx::mbarrier_init(ring.full_k + i, 1);
-    ptx::mbarrier_init(ring.empty_k + i, 8);  // every consumer warp says that it is done with a stage
+    ptx::mbarrier_init(ring.empty_k + i, consumers);
   }
 #pragma unroll
   for (int i = 0; i < L::kStagesV; ++i) {
     ptx::mbarrier_init(ring.full_v + i, 1);
-    ptx::mbarrier_init(ring.empty_v + i, 8);
+    ptx::mbarrier_init(ring.empty_v + i, consumers);
   }
   ptx::mbarrier_init(ring.full_q, 1);
   ptx::mbarrier_init(ring.empty_q, 8);
   ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+}
+
+// Behind init_ring, for all threads of a pair that are still there: the barriers of both are initialized.
+__device__ __forceinline__ void meet_pair() {
+  ptx::barrier_cluster_arrive(ptx::sem_relaxed);
+  ptx::barrier_cluster_wait();
+}
+
+// A consumer warp is done with a stage; whoever fills it has to know.
+__device__ __forceinline__ void release_stage(std::uint64_t* empty, int lane, bool paired) {
+  if (lane == 0) ptx::mbarrier_arrive(empty);
+  remote_arrive_if(lane == 1 && paired, empty, blockIdx.x % 2 ^ 1);
 }
 
 __device__ __forceinline__ void hand_over(volatile ItemRun* run, const ItemRun& s) {

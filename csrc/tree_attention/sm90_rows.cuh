@@ -1,9 +1,10 @@
 // Tree attention for Hopper with the packed rows on wgmma's 64-row side: S = Q K^T, O += P V.
 //
-// For many rows. Two warpgroups have 64 rows each and take 128 positions at a time; P stays in registers as wgmma's A,
-// and a row's maximum lies in 4 lanes. With few rows most of the 64 would be padding: then sm90.cuh's swapped operands
-// are better. While a warpgroup takes the exponentials of a tile, the tensor cores multiply the values of the tile
-// before and what the other warpgroup brings. Line, producer and combine kernel are those of sm90.cuh.
+// For many rows. Two warpgroups have 64 rows each and take 128 positions at a time; Q and P are in registers as wgmma's
+// A, and a row's maximum lies in 4 lanes. With few rows most of the 64 would be padding: then sm90.cuh's swapped
+// operands are better. While a warpgroup takes the exponentials of a tile, the tensor cores multiply the values of the
+// tile before and what the other warpgroup brings. Where an even number of CTAs have row tiles side by side, two form a
+// cluster and load K and V for each other. Line, producer and combine kernel are those of sm90.cuh.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,7 @@ template <int D>
 struct RowsLayout {
   static constexpr int kRows = 2 * kRowsPerWarpgroup;
   static constexpr int kHalves = D / 64;
+  static constexpr bool kPairs = kHalves == 2;  // two CTAs may form a cluster, see RowTiles
   static constexpr int kTileShift = kRowsTileShift, kTile = 1 << kTileShift, kWords = kTile / 64;  // of 64 positions
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kStagesK = D == 128 ? 3 : 6, kStagesV = kStagesK;
@@ -45,8 +47,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
                                const RowTiles rows_of, int page_shift) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma and setmaxnreg are there on sm_90a alone
   using L = RowsLayout<D>;
-  // copies take more registers, and here there are some to spare
-  constexpr int kProducerRegisters = COPIED ? 72 : 24;
+  constexpr int kProducerRegisters = 24;  // all that the consumers can spare, for copies too
   constexpr int kTile = L::kTile, kWords = L::kWords, kScores = kTile / 2;
   extern __shared__ char raw_shared[];
   char* shared = raw_shared + (1024 - shared_address(raw_shared) % 1024) % 1024;
@@ -64,6 +65,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
   clear_padding<L>(shared, rows_of.rows);
   named_barrier(kReady, 2 * kWarpgroup + 32);
+  const bool paired = !COPIED && L::kPairs && rows_of.paired;
+  if (paired) meet_pair();
   wait_for_launch_before();
   let_next_launch_start();
   // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
@@ -76,8 +79,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const std::uint32_t k_operand = swizzled_operand(shared_address(shared + L::kK));
   const std::uint32_t v_operand = swizzled_operand(shared_address(shared + L::kV), kTile * 128);
   const int warp_row = group_of_warps * kRowsPerWarpgroup + warp * 16;  // this thread's rows: + lane / 4, and 8 further
-  const std::uint32_t q_operand =
-      swizzled_operand(shared_address(shared + L::kQ) + group_of_warps * kRowsPerWarpgroup * 128);
 
   const Turns turns{group_of_warps};
   if (group_of_warps == 1) turns.pass();
@@ -90,6 +91,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     const int begin = __shfl_sync(~0u, run->begin, 0), end = __shfl_sync(~0u, run->end, 0);
     if (begin == end) break;
     const int unmasked = __shfl_sync(~0u, ItemLine(p, rows_of).unmasked(run->context, run->row_tile), 0);
+
+    // The warp's rows of Q, as wgmma takes them from registers: shared memory has enough to do with keys and values.
+    std::uint32_t q[D / 16][4];
+    const int q_row = warp_row + lane / 8 % 2 * 8 + lane % 8;  // whose address this lane gives
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step)
+      load_matrices(q[step], shared_address(shared + L::kQ + (step / 4 * L::kRows + q_row) * 128) +
+                                 (((step % 4 * 2 + lane / 16) ^ q_row % 8) * 16));
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(empty_q);
 
     float scores[kScores];
     float acc[L::kHalves * 32];           // the first tile's product overwrites them
@@ -123,14 +134,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (!k_ready) wait_for_phase(full_k + k_stage, k_phase);
       turns.take(!again);
       wgmma_keep(scores);
+      wgmma_keep(q);
       keep_operands();
       wgmma_fence();
       const std::uint32_t k_tile = k_operand + k_stage * (L::kTileBytes / 16);
 #pragma unroll
       for (int step = 0; step < D / 16; ++step)
-        Wgmma<T, kTile, 0, 0>::run(
-            scores, swizzled_descriptor(q_operand + (step / 4 * (L::kRows * 128) + step % 4 * 32) / 16),
-            swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16), step != 0);
+        WgmmaRegisters<T, kTile>::run(
+            scores, q[step], swizzled_descriptor(k_tile + (step / 4 * (kTile * 128) + step % 4 * 32) / 16), step != 0);
       wgmma_commit();
       multiply_values(t > begin + !again);
       wgmma_commit();
@@ -140,6 +151,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       if (next_v && ++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
       wgmma_wait<1>();
       wgmma_keep(scores);
+      wgmma_keep(q);
 
       const bool masked = (t + 1) * kTile > unmasked;
       std::uint64_t seen_by_any[kWords];
@@ -240,7 +252,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
         for (int i = 0; i < L::kHalves * 32; ++i) acc[i] *= decay[i / 2 % 2];
       }
-      if (lane == 0 && next_v) ptx::mbarrier_arrive(empty_v + v_before);
+      if (next_v) release_stage(empty_v + v_before, lane, paired);
 #pragma unroll
       for (int step = 0; step < kTile / 16; ++step)
 #pragma unroll
@@ -257,10 +269,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         k_ready = true;
       } else {
         sum[0] += of_tile[0], sum[1] += of_tile[1];
-        if (lane == 0) {
-          ptx::mbarrier_arrive(ring.empty_k + k_stage);
-          if (t + 1 == end) ptx::mbarrier_arrive(empty_q);
-        }
+        release_stage(ring.empty_k + k_stage, lane, paired);
         k_stage = last_stage ? 0 : k_stage + 1;
         k_phase ^= last_stage;
       }
@@ -273,7 +282,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     turns.pass();
     wgmma_wait<0>();
     keep_operands();
-    if (lane == 0) ptx::mbarrier_arrive(empty_v + v_stage);
+    release_stage(empty_v + v_stage, lane, paired);
     if (++v_stage == L::kStagesV) v_stage = 0, v_phase ^= 1;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -48,7 +48,8 @@ struct TreeAttentionPlan {
   int columns;    // row_tile rounded up to what the kernel was built for
   int group;      // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
   int side;       // kSm90, kSm90Rows: row tiles that as many CTAs take side by side, over the same tiles
-  int cluster;    // kSm90Cluster: CTAs that share a row tile's part of the cache, 8 or 16
+  int cluster;  // CTAs of a cluster. kSm90Cluster: 8 or 16 share a row tile's part of the cache. kSm90Rows: 2 of those
+                // side by side load K and V for each other
   int ctas;
   std::size_t workspace_floats;
 };
@@ -59,8 +60,9 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
                                       std::int64_t capacity, int page_size, int architecture, int multiprocessors,
                                       int shared_memory);
 
-// Addresses and strides of q, k, v and out are multiples of 16 bytes. Asynchronous on stream; throws
-// std::invalid_argument or std::runtime_error.
+// Addresses and strides of q, k, v and out are multiples of 16 bytes. Lengths are read more than once: what writes them
+// has to be ordered with the call, as by the stream. Asynchronous on stream; throws std::invalid_argument or
+// std::runtime_error.
 void tree_attention(const TreeAttentionParams& params, const TreeAttentionPlan& plan, cudaStream_t stream);
 
 }  // namespace specvlm
