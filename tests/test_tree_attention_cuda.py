@@ -226,8 +226,8 @@ def test_one_logit_far_from_all_others(position, sign, cuda_kernel):
 
 
 # Nodes, and a context so short that it and the tree share a tile that a run begins with, and the tree reaches into the
-# next: 72 columns a warpgroup with padding, rows on the 64-row side with padding by pairs of CTAs and without pairs, 80
-# columns with padding, and few columns.
+# next: 72 columns a warpgroup with padding, rows on the 64-row side with padding, 80 columns (128 positions) with
+# padding, the latter two by pairs of CTAs, 80 columns without pairs, and few columns.
 STRADDLING = [(26, 50), (48, 100), (60, 100), (31, 50), (4, 62)]
 
 
@@ -289,17 +289,24 @@ def test_graph_replays_with_other_lengths_and_pages(nodes, page_size, cuda_kerne
         ), new
 
 
-# B, N, S, Hq, Hkv: one pair for all rows, and two of which the second has a CTA without a row tile in the last round
-PAIRS = [(1, 32, 3072, 64, 8), (3, 48, 4096, 40, 8), (2, 112, 3072, 64, 8)]
+# kernel, B, N, S, Hq, Hkv: one pair for all rows, and two of which the second has a CTA without a row tile in the last
+# round
+PAIRS = [
+    ("SM90_ROWS", 1, 32, 3072, 64, 8),
+    ("SM90_ROWS", 3, 48, 4096, 40, 8),
+    ("SM90_ROWS", 2, 112, 3072, 64, 8),
+    ("SM90", 1, 64, 8192, 40, 8),
+    ("SM90", 3, 60, 4096, 40, 8),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("b,n,s,hq,hkv", PAIRS)
-def test_pairs_that_load_for_each_other(b, n, s, hq, hkv, dtype, cuda_kernel):
+@pytest.mark.parametrize("kernel,b,n,s,hq,hkv", PAIRS)
+def test_pairs_that_load_for_each_other(kernel, b, n, s, hq, hkv, dtype, cuda_kernel):
     """Contexts whose last row tiles see a tile more than the first ones, trees that end within the first row tile, and
     requests without any: right, and bitwise what CTAs give that load for themselves, as with pages of 2 tokens."""
     if backend.architecture(0) >= 90:
-        assert chosen(b, n, s, hq, hkv, 128) == "SM90_ROWS"
+        assert chosen(b, n, s, hq, hkv, 128) == kernel
         assert [planned(b, n, s, hq, hkv, 128, size).cluster for size in (0, 16, 2)] == [2, 2, 1]
     for contexts in ([s - n, 128 - n // 2, 0], [1024 - n // 2, 256 - n, 2000], [1280 - n + 1, s - n, 127]):
         q, k, v, lens, words = problem(b, n, s, hq, hkv, 128, contexts[:b], dtype)

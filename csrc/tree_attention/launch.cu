@@ -72,17 +72,17 @@ int shared_bytes(const TreeAttentionPlan& plan, int head_dim, int batch) {
 int rounds(const TreeAttentionPlan& plan) { return (plan.row_tiles + plan.side - 1) / plan.side; }
 
 int tile_shift_of(const TreeAttentionPlan& plan) {
-  return plan.kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : kTileShift;
+  return plan.kernel == TreeAttentionKernel::kSm90Rows ? kRowsTileShift : swapped_tile_shift(plan.columns / 2);
 }
 
-// Cycles that a plan takes for the tiles of one row tile; fitted to traces and times on an H100 and an H200.
+// Cycles that a plan takes for the tiles of one row tile; fitted to traces and times on an H100.
 double cycles(const TreeAttentionPlan& plan, std::int64_t tiles, int multiprocessors) {
   const std::int64_t teams = std::max(multiprocessors / plan.side, 1);
   const std::int64_t of_a_team = (tiles * rounds(plan) + teams - 1) / teams;
-  const double more_items = 2000.0 * (rounds(plan) - 1);
-  if (plan.kernel == TreeAttentionKernel::kSm90Rows)
-    return std::min(1600.0 * of_a_team + 5000.0, 1450.0 * of_a_team + 7000.0) + more_items;
-  return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns + more_items;
+  if (plan.kernel == TreeAttentionKernel::kSm90Rows) return 1600.0 * of_a_team + 5000.0;
+  if (tile_shift_of(plan) > kTileShift)
+    return (650.0 + 22.0 * plan.columns) * ((of_a_team + 1) / 2) + 4600.0 + 30.0 * plan.columns;
+  return (900.0 + 8.3 * plan.columns) * of_a_team + 600.0 + 30.0 * plan.columns;
 }
 
 // The plan of a cluster for every item, or row_tiles 0 where there are too many items, or too many tiles in one.
@@ -143,8 +143,8 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
   if (plan.row_tiles == 0)  // the lengths of so many requests do not fit beside the tiles
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);
-  if (plan.kernel == TreeAttentionKernel::kSm90Rows && plan.side % 2 == 0 && head_dim == 128 && !copied)
-    plan.cluster = 2;
+  // both kernels with tiles of 128 positions know pairs
+  if (tile_shift_of(plan) > kTileShift && plan.side % 2 == 0 && head_dim == 128 && !copied) plan.cluster = 2;
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
   const int tile_shift = tile_shift_of(plan);
   const std::int64_t units = items * ((capacity >> tile_shift) + 1 + run_cost(tile_shift) + kMaskCost);
