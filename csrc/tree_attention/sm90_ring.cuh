@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "common/hopper.cuh"
+#include "common/overlap.cuh"
 #include "tree_attention/sm90_line.cuh"
 
 namespace specvlm {
@@ -122,6 +123,16 @@ __device__ __forceinline__ void clear_padding(char* shared, int rows) {
     *reinterpret_cast<uint4*>(shared + L::kQ + (i % kChunks / 8 * L::kRows + i / kChunks) * 128 + i % 8 * 16) =
         make_uint4(0, 0, 0, 0);
   ptx::fence_proxy_async(ptx::space_shared);
+}
+
+// What consumers do before their first run.
+template <class L>
+__device__ __forceinline__ void begin_consuming(char* shared, int rows, bool paired) {
+  clear_padding<L>(shared, rows);
+  named_barrier(kReady, 2 * kWarpgroup + 32);
+  if (paired) meet_pair();
+  wait_for_launch_before();
+  let_next_launch_start();
 }
 
 // For a warp that goes ahead while the kernel before may still run: Q and the first tiles of a run are brought into the

@@ -11,7 +11,6 @@
 
 #include "common/hopper.cuh"
 #include "common/numeric.cuh"
-#include "common/overlap.cuh"
 #include "tree_attention/parts.cuh"
 #include "tree_attention/sm90_pages.cuh"
 #include "tree_attention/sm90_producer.cuh"
@@ -63,12 +62,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   take_registers<consumer_registers(kProducerRegisters)>();
   const AttentionRing<L> ring(shared);
   const auto [full_k, empty_k, full_v, empty_v, full_q, empty_q, runs] = ring;
-  clear_padding<L>(shared, rows_of.rows);
-  named_barrier(kReady, 2 * kWarpgroup + 32);
   const bool paired = !COPIED && L::kPairs && rows_of.paired;
-  if (paired) meet_pair();
-  wait_for_launch_before();
-  let_next_launch_start();
+  begin_consuming<L>(shared, rows_of.rows, paired);
   // the shuffles tell the compiler that a warp agrees on these, so that they live in uniform registers
   const int group_of_warps = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0);
