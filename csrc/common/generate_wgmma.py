@@ -6,7 +6,7 @@ python csrc/common/generate_wgmma.py registers > csrc/common/wgmma_register_shap
 
 import sys
 
-SHAPES = {"shared": (8, 16, 32, 48, 64, 72, 80, 96, 104, 128), "registers": (16, 32, 48, 64, 80, 96, 128)}
+SHAPES = {"shared": (8, 16, 32, 48, 64, 72, 80, 96, 104), "registers": (16, 32, 48, 64, 80, 96, 128)}
 TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 

@@ -131,7 +131,7 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
       if (cost < least) least = cost, plan = other;
     }
   }
-  const bool copied = page_size != 0 && page_size < 1 << kBoxShift;
+  const bool copied = pages_are_copied(page_size);
   if (!copied)
     for (int count = 1; count <= std::min(nodes, kMostSide); ++count) {
       const TreeAttentionPlan other = cluster_plan(batch, nodes, group, kv_heads, capacity, count, multiprocessors);
@@ -143,10 +143,9 @@ TreeAttentionPlan tree_attention_plan(int batch, int nodes, int q_heads, int kv_
   if (plan.row_tiles == 0)  // the lengths of so many requests do not fit beside the tiles
     return sm80_plan(batch, nodes, q_heads, kv_heads, head_dim, static_cast<int>(capacity), multiprocessors,
                      shared_memory);
-  // both kernels with tiles of 128 positions know pairs
-  if (tile_shift_of(plan) > kTileShift && plan.side % 2 == 0 && head_dim == 128 && !copied) plan.cluster = 2;
   const std::int64_t items = static_cast<std::int64_t>(batch) * kv_heads * rounds(plan);
   const int tile_shift = tile_shift_of(plan);
+  if (pairs_are_built(tile_shift, head_dim) && plan.side % 2 == 0 && !copied) plan.cluster = 2;
   const std::int64_t units = items * ((capacity >> tile_shift) + 1 + run_cost(tile_shift) + kMaskCost);
   check_argument(units < (std::int64_t{1} << 31), "q: more than 2**31 tiles of work");
   const std::int64_t teams = std::min<std::int64_t>(std::min(multiprocessors, kMaxParts) / plan.side, units);

@@ -31,8 +31,8 @@ struct AttentionLayout {
   static constexpr int kRows = 2 * COLS;  // columns of the CTA: its packed rows and what pads them
   static constexpr int kHalves = D / 64;  // 128-byte wide parts of a row
   static constexpr int kTileShift = swapped_tile_shift(COLS), kTile = 1 << kTileShift;
-  static constexpr bool kPairs = kHalves == 2 && COLS == kWideColumns;  // two CTAs may form a cluster, see RowTiles
-  static constexpr int kBlocks = kTile / 64;                            // of positions, each an M of wgmma
+  static constexpr bool kPairs = pairs_are_built(kTileShift, D);
+  static constexpr int kBlocks = kTile / 64;  // of positions, each an M of wgmma
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kPBytes = COLS * 128;  // P of a warpgroup for 64 positions; two of them: for the two blocks of a
                                               // tile, or so that one is read while one is written

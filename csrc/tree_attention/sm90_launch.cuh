@@ -53,7 +53,7 @@ void launch_tree_attention_sm90(const TreeAttentionParams& p, const TreeAttentio
   rows_of.run_cost = run_cost(L::kTileShift), rows_of.tile_shift = L::kTileShift, rows_of.side = plan.side;
   rows_of.paired = plan.cluster == 2;
   const CUtensorMap q_map = rows_map(p, rows_of);
-  const bool copied = p.page_table != nullptr && p.page_size < 1 << kBoxShift;
+  const bool copied = pages_are_copied(p.page_size);
   // copies look at neither
   const CUtensorMap k_map = copied ? q_map : cache_map("k", p.k, p.k_strides, p, L::kTile),
                     v_map = copied ? q_map : cache_map("v", p.v, p.v_strides, p, L::kTile);

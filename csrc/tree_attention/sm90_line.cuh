@@ -15,6 +15,11 @@ constexpr int kMaskCost = 1;  // and what the masks of its last tile cost, in ti
 
 constexpr int kMostSide = 4;  // row tiles side by side
 
+// Whether two CTAs side by side may form a cluster, see RowTiles: each then has a half of the dims to load.
+__host__ __device__ constexpr bool pairs_are_built(int tile_shift, int head_dim) {
+  return tile_shift > kTileShift && head_dim == 128;
+}
+
 // Integers in shared memory: the units before each request and of all, and two of the producer's; of a single request
 // its two lengths, too, and where the first run ends.
 __host__ __device__ constexpr int line_ints(int batch) { return batch + 1 + 2 + 2 + 1; }
@@ -133,16 +138,15 @@ struct TeamLine : ItemLine {
   // The line cut among teams. No share is so small that a team between two tiles of an item might have none of them.
   __device__ Cut cut(int teams, int units) const { return Cut(min(teams, units / (1 + kMaskCost)), units); }
 
-  // Where on the line the first and the last of an item's tiles are.
+  // Where on the line the first and the last of an item's tiles are, of which its team has `tiles`, at least one.
   __device__ int2 ends(const int* prefix, int request, int head, int row_tile, int tiles) const {
     const int context = context_of(prefix, request), live = live_of(prefix, request);
     const int unit = prefix[request] + head * units_per_head(context, live);
     int before = 0, first = 0;
 #pragma unroll 1
     for (; first + rows_of.side <= row_tile; first += rows_of.side) before += units_side_by_side(context, live, first);
-    const int count = tiles_side_by_side(context, live, first);
     const int start = unit + before;
-    return make_int2(start + unit_of(0, count), start + unit_of(tiles - 1, count));
+    return make_int2(start + unit_of(0, tiles), start + unit_of(tiles - 1, tiles));
   }
 };
 

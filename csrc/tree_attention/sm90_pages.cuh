@@ -16,6 +16,10 @@
 namespace specvlm {
 
 constexpr int kBoxShift = 3;  // log2 of the fewest rows of a swizzled box
+
+// Whether pages are too small for TMA; 0 is a contiguous cache.
+constexpr bool pages_are_copied(int page_size) { return page_size != 0 && page_size < 1 << kBoxShift; }
+
 constexpr int kCopiers = 3;
 constexpr int kCutCopiers = 6;  // named barriers: warp 0 has cut the line; for the copiers
 constexpr int kCutRelay = 7;    // and for warp 1

@@ -23,8 +23,8 @@ template <int D>
 struct RowsLayout {
   static constexpr int kRows = 2 * kRowsPerWarpgroup;
   static constexpr int kHalves = D / 64;
-  static constexpr bool kPairs = kHalves == 2;  // two CTAs may form a cluster, see RowTiles
   static constexpr int kTileShift = kRowsTileShift, kTile = 1 << kTileShift, kWords = kTile / 64;  // of 64 positions
+  static constexpr bool kPairs = pairs_are_built(kTileShift, D);
   static constexpr int kTileBytes = kHalves * kTile * 128;
   static constexpr int kStagesK = D == 128 ? 3 : 6, kStagesV = kStagesK;
   static constexpr int kQ = 0;

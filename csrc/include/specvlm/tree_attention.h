@@ -48,8 +48,8 @@ struct TreeAttentionPlan {
   int columns;    // row_tile rounded up to what the kernel was built for
   int group;      // kSm80: heads of a group that share a CTA, a divisor of q_heads / kv_heads
   int side;       // kSm90, kSm90Rows: row tiles that as many CTAs take side by side, over the same tiles
-  int cluster;  // CTAs of a cluster. kSm90Cluster: 8 or 16 share a row tile's part of the cache. Otherwise: 2 of those
-                // side by side load K and V for each other
+  int cluster;  // CTAs of a cluster. kSm90Cluster: 8 or 16 share a row tile's part of the cache. kSm90, kSm90Rows: 2 of
+                // those side by side load K and V for each other
   int ctas;
   std::size_t workspace_floats;
 };
